@@ -1,0 +1,70 @@
+"""dit-accel: sparse, quantised and streaming attention for diffusers diffusion transformers.
+
+    from dit_accel import RadialProcessor
+    pipe.set_attn_processor(RadialProcessor())
+
+Names resolve lazily: importing this package imports neither torch nor diffusers. The first access of a public
+name adds ``set_attn_processor`` and ``reset_attn_processor`` to diffusers pipelines.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "attend": "attend",
+    "plan": "attend",
+    "Layout": "layout",
+    "Segment": "layout",
+    "Step": "step",
+    "State": "state",
+    "Schedule": "schedule",
+    "Guard": "guard",
+    "Plan": "plan",
+    "Method": "methods",
+    "Radial": "methods",
+    "AllBlocks": "methods",
+    "RandomBlocks": "methods",
+    "Processor": "processors",
+    "RadialProcessor": "processors",
+    "AllBlocksProcessor": "processors",
+    "RandomBlocksProcessor": "processors",
+    "set_attn_processor": "diffusers",
+    "reset_attn_processor": "diffusers",
+    "describe": "diffusers",
+    "DitAccelError": "errors",
+    "UsageError": "errors",
+    "UnsupportedError": "errors",
+}
+
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(".diffusers", __name__).install()
+    value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .attend import attend, plan
+    from .diffusers import describe, reset_attn_processor, set_attn_processor
+    from .errors import DitAccelError, UnsupportedError, UsageError
+    from .guard import Guard
+    from .layout import Layout, Segment
+    from .methods import AllBlocks, Method, Radial, RandomBlocks
+    from .plan import Plan
+    from .processors import AllBlocksProcessor, Processor, RadialProcessor, RandomBlocksProcessor
+    from .schedule import Schedule
+    from .state import State
+    from .step import Step

@@ -1,0 +1,93 @@
+"""Method: the base of every sparse attention method, and what one call tells it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError, UsageError
+from ..layout import Layout
+from ..plan import Plan
+from ..state import State
+from ..step import Step
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a method is told about one attention call.
+
+    ``kv_valid``: int32 (B,) live key counts or None. ``layer``: index of the attention site in forward order.
+    ``head_offset``: global index of the first head present (tensor or context parallel). ``scale``: the
+    caller's softmax scale, or None.
+    """
+
+    layout: Layout
+    kv_layout: Layout | None = None
+    kv_valid: Tensor | None = None
+    layer: int = 0
+    step: Step = field(default_factory=Step)
+    state: State = field(default_factory=State)
+    head_offset: int = 0
+    scale: float | None = None
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A frozen, hashable, picklable record of published parameters that makes plans.
+
+    Subclasses set ``name`` and implement :meth:`plan`. ``static`` says that the plan follows from the layout
+    alone: such a plan is made once per layout and ``q, k, v`` may be None.
+    """
+
+    name: ClassVar[str] = ""
+    static: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            REGISTRY[cls.name] = cls
+
+    def check(self, layout: Layout) -> None:
+        """Raise ``UnsupportedError`` when this method has no meaning on ``layout``."""
+
+    def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan:
+        """The plan of one call. q (B, H, Nq, D), k and v (B, Hk, Nk, D)."""
+        raise NotImplementedError
+
+    def with_density(self, density: float, layout: Layout) -> tuple[Method, float]:
+        """This method with its own knobs solved for ``density`` on ``layout``, and the density reached."""
+        raise UnsupportedError(f"{type(self).__name__} has no density knob; set its parameters instead")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Method:
+        """The inverse of :meth:`to_dict`."""
+        values = dict(data)
+        return find(values.pop("method", ""))(**values)
+
+
+def find(name: str) -> type[Method]:
+    """The method class called ``name``. Raises ``UsageError`` with the nearest name."""
+    import difflib
+
+    key = name.lower()
+    if key in REGISTRY:
+        return REGISTRY[key]
+    close = difflib.get_close_matches(key, REGISTRY, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UsageError(f"unknown method {name!r}{hint} Known methods: {', '.join(sorted(REGISTRY))}")
+
+
+def check_density(density: float) -> float:
+    """``density`` as a float in (0, 1]; raises ``UsageError`` otherwise."""
+    if not 0 < float(density) <= 1:
+        raise UsageError(f"density is the kept fraction and lies in (0, 1]; got {density}")
+    return float(density)

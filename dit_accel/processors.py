@@ -1,0 +1,118 @@
+"""Attention processors: a method plus how to run it, in the form diffusers users know."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+from .errors import UsageError
+from .guard import Guard
+from .kernels.block_sparse import BACKENDS
+from .methods import AllBlocks, Method, RandomBlocks
+from .schedule import Schedule
+
+ON_UNSUPPORTED = ("dense", "error")
+
+
+class Processor:
+    """A method, its schedule, guard and backend. Give it to ``set_attn_processor`` of a pipeline or a transformer.
+
+    ``schedule``: which steps and layers stay dense. ``guard``: run-time checks. ``backend``: ``"auto"`` or one
+    tier by name. ``on_unsupported``: what an attention call that the engine does not understand does, ``"dense"``
+    (run stock, counted and warned once) or ``"error"``. A processor holds settings only: it can serve many models,
+    be pickled and be compared.
+    """
+
+    def __init__(
+        self,
+        method: Method | None,
+        *,
+        quant: object | None = None,
+        schedule: Schedule | None = None,
+        guard: Guard | None = None,
+        backend: str = "auto",
+        on_unsupported: str = "dense",
+    ):
+        if backend not in BACKENDS:
+            raise UsageError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if on_unsupported not in ON_UNSUPPORTED:
+            raise UsageError(f"on_unsupported {on_unsupported!r} is unknown; choose 'dense' or 'error'")
+        if quant is not None:
+            raise UsageError(f"quantised attention is not part of this version; got quant={quant!r}, allowed: None")
+        self.method = method
+        self.quant = quant
+        self.schedule = schedule if schedule is not None else Schedule()
+        self.guard = guard if guard is not None else Guard()
+        self.backend = backend
+        self.on_unsupported = on_unsupported
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} holds settings and cannot be called as a bare processor (it was set directly on "
+            f"{type(attn).__name__}). Use pipe.set_attn_processor(...) or pipe.transformer.set_attn_processor(...) "
+            "after `import dit_accel`; both attach it to every self-attention layer."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method.to_dict() if self.method else None,
+            "schedule": self.schedule.to_dict(),
+            "guard": {"nonfinite": self.guard.nonfinite},
+            "backend": self.backend,
+            "on_unsupported": self.on_unsupported,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Processor) and type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.method, self.schedule, self.guard, self.backend, self.on_unsupported))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method}, {self.schedule}, backend={self.backend!r})"
+
+
+class _MethodProcessor(Processor):
+    """A processor whose keyword arguments are its method's parameters plus the common ones."""
+
+    method_class: ClassVar[type[Method]]
+
+    def __init__(self, **settings: Any):
+        common = _COMMON & settings.keys()
+        parameters = {name: settings[name] for name in settings.keys() - common}
+        allowed = inspect.signature(self.method_class).parameters
+        unknown = parameters.keys() - allowed.keys()
+        if unknown:
+            raise UsageError(
+                f"{type(self).__name__} has no parameter {', '.join(sorted(unknown))}; "
+                f"allowed: {', '.join([*allowed, *sorted(_COMMON)])}"
+            )
+        super().__init__(self.method_class(**parameters), **{name: settings[name] for name in common})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = inspect.signature(cls.method_class).parameters.values()
+        common = [p for p in inspect.signature(Processor.__init__).parameters.values() if p.name in _COMMON]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + common
+        cls.__signature__ = inspect.Signature(parameters)
+        cls.__doc__ = f"{cls.__doc__}\n\nParameters as in :class:`{cls.method_class.__name__}`, plus those of :class:`Processor`."
+
+
+_COMMON = {p.name for p in inspect.signature(Processor.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+class AllBlocksProcessor(_MethodProcessor):
+    """Everything through the sparse kernel; for tests."""
+
+    method_class = AllBlocks
+
+
+class RandomBlocksProcessor(_MethodProcessor):
+    """A seeded random block mask; for tests."""
+
+    method_class = RandomBlocks
+
+
+PROCESSORS: dict[str, type[_MethodProcessor]] = {
+    cls.method_class.name: cls for cls in (AllBlocksProcessor, RandomBlocksProcessor)
+}

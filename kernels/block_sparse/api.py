@@ -1,0 +1,120 @@
+"""Block-sparse attention over a TilePlan: checks, tier choice, plan order in and out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tileplan import TilePlan
+from . import flex, gather, reference
+
+BACKENDS = ("auto", "reference", "gather", "flex", "triton")
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TilePlan,
+    *,
+    scale: float,
+    kv_valid: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention restricted to the plan's pairs.
+
+    q: (B, H, Nq, D); k: (B, Hk, Nk, D); v: (B, Hk, Nk, Dv) with H a multiple of Hk, float16, bfloat16, float32
+    or (reference, gather) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead.
+    ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
+    Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for.
+    """
+    check(q, k, v, plan)
+    tier, _ = choose(q, plan, backend=backend, return_lse=return_lse)
+    alive = None if kv_valid is None else _alive(plan, kv_valid)
+    if tier == "triton":
+        from . import triton as tier_triton
+
+        return tier_triton.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, return_lse=return_lse)
+    if plan.order is not None:
+        q = take(q, plan.order)
+    if plan.kv_order is not None:
+        k, v = (_per_head(x, plan.kv_order, q.shape[1]) for x in (k, v))
+        k, v = take(k, plan.kv_order), take(v, plan.kv_order)
+    run = {"reference": reference, "gather": gather, "flex": flex}[tier].attention
+    out, lse = run(q, k, v, plan, scale=scale, alive=alive)
+    if plan.order is not None:
+        out = put(out, plan.order)
+        lse = None if lse is None else put(lse[..., None], plan.order)[..., 0]
+    return out, lse if return_lse else None
+
+
+def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False) -> tuple[str, str]:
+    """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    reasons = []
+    for tier, refusal in (("triton", _refuses_triton), ("flex", _refuses_flex)):
+        if backend in (tier, "auto"):
+            why = refusal(q, plan, return_lse)
+            if why is None:
+                return tier, "; ".join(reasons) or "first choice on this device"
+            reasons.append(f"{tier}: {why}")
+            if backend == tier:
+                raise NotImplementedError(f"backend {tier!r} cannot serve this call: {why}; use backend='auto'")
+    return (backend if backend != "auto" else "gather"), "; ".join(reasons) or "asked for"
+
+
+def _refuses_triton(q: Tensor, plan: TilePlan, return_lse: bool) -> str | None:
+    try:
+        from . import triton as tier_triton
+    except ImportError as error:
+        return f"not importable ({error}); pip install triton"
+    return tier_triton.refuses(q, plan)
+
+
+def _refuses_flex(q: Tensor, plan: TilePlan, return_lse: bool) -> str | None:
+    return flex.refuses(q, return_lse=return_lse)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
+    """Raise ``ValueError`` where shapes and plan do not fit."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be (B, H, N, D); got shape {tuple(x.shape)}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if (q.shape[2], k.shape[2]) != (plan.n_q, plan.n_k):
+        raise ValueError(
+            f"the plan is for {plan.n_q} queries and {plan.n_k} keys; got {q.shape[2]} and {k.shape[2]}"
+        )
+    if len({q.device, k.device, v.device, plan.device}) > 1:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.device}")
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, H, N, D) with its tokens in plan order. ``order``: int64 (n,) or (H, n). One flat index_select."""
+    if order.ndim == 1:
+        return x.index_select(2, order)
+    b, h, n, d = x.shape
+    flat = (order + torch.arange(h, device=order.device)[:, None] * n).flatten()
+    return x.reshape(b, h * n, d).index_select(1, flat).reshape(b, h, -1, d)
+
+
+def put(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of :func:`take`."""
+    return take(x, torch.argsort(order, dim=-1))
+
+
+def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:
+    """Key heads repeated up to the query heads where each query head has its own order."""
+    return x.repeat_interleave(heads // x.shape[1], 1) if order.ndim == 2 and x.shape[1] != heads else x
+
+
+def _alive(plan: TilePlan, kv_valid: Tensor) -> Tensor:
+    """bool (B, 1 or H, n_k): which slots hold a live key."""
+    tokens = torch.arange(plan.n_k, device=plan.device) if plan.kv_order is None else plan.kv_order
+    tokens = tokens if tokens.ndim == 2 else tokens[None]
+    return tokens[None] < kv_valid.to(plan.device)[:, None, None]

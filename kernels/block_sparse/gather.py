@@ -1,0 +1,94 @@
+"""Blocked gather: plain torch, one query tile at a time, reading only the listed key tiles.
+
+The tier for machines without a C++ compiler, for float64, and for an exact LSE on CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tileplan import TilePlan
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.attention``, in O(visited tiles) time and O(tile_q x visited) memory."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    for tile in range(plan.tiles_q):
+        rows = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
+        slots, live = _visible(plan, tile, rows)
+        if alive is not None:
+            live = live & _pick(alive[..., None], slots)[..., 0][:, :, None, :]
+        shared = slots.shape[0] == 1 and slots.shape[1] == 1
+        keys, values = (_heads(_take(x, slots, shared, heads, groups), heads, groups).to(dtype) for x in (k, v))
+        scores = (q[:, :, rows].to(dtype) @ keys.mT) * scale
+        scores = scores.masked_fill(~live, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+        weights = torch.exp(scores - top)
+        total = weights.sum(-1, keepdim=True)
+        out[:, :, rows] = ((weights @ values) / total.masked_fill(total == 0, 1)).to(q.dtype)
+        lse[:, :, rows] = (top + total.log())[..., 0]
+    return out, lse
+
+
+def _visible(plan: TilePlan, tile: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """Slots of the listed key tiles (B1, H1, C) and which pairs are visible, bool (B1, H1, R or 1, C)."""
+    lists = [plan.full] if plan.partial is None else [plan.full, plan.partial]
+    slots, masks = [], []
+    for entry in lists:
+        count = entry.count[:, :, tile]
+        width = int(count.max())
+        index = entry.index[:, :, tile, :width].long()
+        slot = (index[..., None] * plan.tile_k + torch.arange(plan.tile_k, device=index.device)).flatten(-2)
+        listed = (torch.arange(width, device=index.device) < count[..., None]).repeat_interleave(plan.tile_k, -1)
+        live = (listed & (slot < plan.n_k))[:, :, None, :]
+        slot = slot.clamp_max(plan.n_k - 1)
+        if entry is plan.partial and width:
+            live = live & _tested(plan, torch.arange(rows.start, rows.stop, device=index.device), slot)
+        slots.append(slot)
+        masks.append(live)
+    if len(lists) == 1:
+        return slots[0], masks[0]
+    b1, h1, r, _ = torch.broadcast_shapes(*(m[..., :1].shape for m in masks))
+    slots = [s.expand(b1, h1, -1) for s in slots]
+    return torch.cat(slots, -1), torch.cat([m.expand(b1, h1, r, -1) for m in masks], -1)
+
+
+def _tested(plan: TilePlan, q: Tensor, slots: Tensor) -> Tensor:
+    """Pair visibility of the partial tiles' slots (B1, H1, C): bool (B1 or B, H1 or H, R, C)."""
+    k = slots[:, :, None, :]
+    seen = None if plan.predicate is None else plan.predicate.visible(q[:, None], k)
+    if plan.gate is None:
+        return seen
+    table = plan.gate.table
+    b, h = max(table.shape[0], slots.shape[0]), max(table.shape[1], slots.shape[1])
+    batch = torch.arange(table.shape[0], device=q.device)[:, None, None, None]
+    head = torch.arange(table.shape[1], device=q.device)[None, :, None, None]
+    row = plan.gate.q_row[q].long()[:, None]
+    col = plan.gate.k_col[k.expand(b, h, 1, -1)].long()
+    cell = table[batch, head, row, col]
+    return cell == 2 if seen is None else (cell == 2) | ((cell == 1) & seen)
+
+
+def _take(x: Tensor, slots: Tensor, shared: bool, heads: int, groups: int) -> Tensor:
+    if shared:
+        return x.index_select(2, slots[0, 0])
+    if slots.shape[1] > 1 and groups > 1:
+        x = x.repeat_interleave(groups, 1)
+    return _pick(x, slots)
+
+
+def _pick(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, H, N, D) at slots (B1, H1, C), broadcast over batch and heads: (B, H, C, D)."""
+    b, h = (max(x.shape[i], slots.shape[i]) for i in (0, 1))
+    x = x.expand(b, h, *x.shape[2:])
+    return x.gather(2, slots.expand(b, h, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def _heads(x: Tensor, heads: int, groups: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(groups, 1)
