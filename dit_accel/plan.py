@@ -100,8 +100,9 @@ class Plan:
 
         Raises ``UsageError`` when the result would exceed 2 GiB.
         """
-        heads = max(self.block_mask.shape[1], *(o.shape[0] if o is not None and o.ndim == 2 else 1 for o in self._orders()))
-        size = self.block_mask.shape[0] * heads * self.q_blocks.n * self.k_blocks.n
+        batch, heads = self.block_mask.shape[:2]
+        heads = max(heads, *(o.shape[0] if o is not None and o.ndim == 2 else 1 for o in self._orders()))
+        size = batch * heads * self.q_blocks.n * self.k_blocks.n
         if size > MASK_LIMIT:
             raise UsageError(
                 f"token_mask() would take {size / 2**30:.1f} GiB for {self.q_blocks.n} x {self.k_blocks.n} tokens and "
@@ -170,7 +171,8 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
         lists = BlockList.from_mask(full), BlockList.from_mask(part) if plan.partial is not None else None
         return TilePlan(tile_q, tile_k, full=lists[0], partial=lists[1], predicate=plan.predicate, **common)
     full, part = torch.broadcast_tensors(full, part)
-    gate = Gate((full * 2 + part).to(torch.uint8), *(b.owner().int().to(plan.device) for b in (plan.q_blocks, plan.k_blocks)))
+    q_row, k_col = (blocks.owner().int().to(plan.device) for blocks in (plan.q_blocks, plan.k_blocks))
+    gate = Gate((full * 2 + part).to(torch.uint8), q_row, k_col)
     rows, cols = (_overlap(b, t).to(plan.device) for b, t in ((plan.q_blocks, tile_q), (plan.k_blocks, tile_k)))
     seen = rows @ (full | part).float() @ cols.T
     whole = (rows @ full.float() @ cols.T) == rows.sum(-1)[:, None] * cols.sum(-1)
@@ -206,16 +208,12 @@ def _count_pairs(plan: Plan) -> tuple[float, float]:
     """Visible pairs over all pairs, and over main x main pairs."""
     total = plan.q_blocks.n * plan.k_blocks.n
     q_main, k_main = (_main_weight(plan, layout) for layout in (plan.layout, plan.keys))
-    seen, video, tables = 0.0, 0.0, 1
-    for entry, partial in ((plan.full, False), (plan.partial, True)):
-        if entry is None:
-            continue
-        tables = max(tables, entry.count.shape[0] * entry.count.shape[1])
-    for entry, partial in ((plan.full, False), (plan.partial, True)):
-        if entry is None:
-            continue
+    entries = [entry for entry in (plan.full, plan.partial) if entry is not None]
+    tables = max(entry.count.shape[0] * entry.count.shape[1] for entry in entries)
+    seen = video = 0.0
+    for entry in entries:
         repeat = tables // (entry.count.shape[0] * entry.count.shape[1])
-        pairs = _partial_pairs(plan) if partial else _full_pairs(plan, entry, q_main, k_main)
+        pairs = _partial_pairs(plan) if entry is plan.partial else _full_pairs(plan, entry, q_main, k_main)
         seen, video = seen + repeat * pairs[0], video + repeat * pairs[1]
     mains = float(plan.layout.main.stop - plan.layout.main.start) * (plan.keys.main.stop - plan.keys.main.start)
     return seen / (tables * total), video / (tables * mains)
@@ -259,7 +257,8 @@ def _partial_pairs(plan: Plan) -> tuple[float, float]:
         visible = tiles.predicate.visible(q[:, None], k[None, :])
         listed = mask[:, :, block][:, :, kb[k]]
         seen += float((listed.sum((0, 1)) * visible.sum(0)).sum())
-        inside = _in_main(q_token[..., q], plan.layout)[..., :, None] & _in_main(k_token[..., k], plan.keys)[..., None, :]
+        rows, columns = _in_main(q_token[..., q], plan.layout), _in_main(k_token[..., k], plan.keys)
+        inside = rows[..., :, None] & columns[..., None, :]
         video += float((visible & inside & listed[..., None, :]).sum())
     return seen, video
 

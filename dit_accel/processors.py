@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import AllBlocks, Method, RandomBlocks
+from .methods import AllBlocks, Method, Radial, RandomBlocks
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -95,10 +95,17 @@ class _MethodProcessor(Processor):
         common = [p for p in inspect.signature(Processor.__init__).parameters.values() if p.name in _COMMON]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + common
         cls.__signature__ = inspect.Signature(parameters)
-        cls.__doc__ = f"{cls.__doc__}\n\nParameters as in :class:`{cls.method_class.__name__}`, plus those of :class:`Processor`."
+        method = cls.method_class.__name__
+        cls.__doc__ = f"{cls.__doc__}\n\nParameters as in :class:`{method}`, plus those of :class:`Processor`."
 
 
 _COMMON = {p.name for p in inspect.signature(Processor.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+class RadialProcessor(_MethodProcessor):
+    """Radial Attention: a static mask whose band narrows with the distance between frames."""
+
+    method_class = Radial
 
 
 class AllBlocksProcessor(_MethodProcessor):
@@ -114,5 +121,5 @@ class RandomBlocksProcessor(_MethodProcessor):
 
 
 PROCESSORS: dict[str, type[_MethodProcessor]] = {
-    cls.method_class.name: cls for cls in (AllBlocksProcessor, RandomBlocksProcessor)
+    cls.method_class.name: cls for cls in (RadialProcessor, AllBlocksProcessor, RandomBlocksProcessor)
 }

@@ -34,7 +34,7 @@ class Call:
     state: State = field(default_factory=State)
     head_offset: int = 0
     scale: float | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
