@@ -1,4 +1,4 @@
-"""TilePlan: what block-sparse kernels take. A Plan cut into tiles of one size (see ``dit_accel.plan.lower``)."""
+"""TilePlan: what block-sparse kernels take. A Plan cut into tiles of one size (see ``dit_accel.plans.lower``)."""
 
 from __future__ import annotations
 

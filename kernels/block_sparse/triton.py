@@ -1,0 +1,191 @@
+"""Block-sparse attention on NVIDIA GPUs: launches the Triton kernel over a TilePlan. Inference only.
+
+Reads q, k and v where they lie and in the caller's order: the plan's permutation happens while loading, and the
+output scatters itself. Import this module only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from ..blocklist import BlockList
+from ..predicate import Gate, Predicate
+from ..tileplan import TilePlan
+from ..tuning import Tuning, tuning
+from .triton_kernel import forward
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_DIM = 256
+
+
+def interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` was set when Triton was imported: the kernel then runs on CPU tensors."""
+    return not isinstance(forward, triton.JITFunction)
+
+
+def refuses(q: Tensor, plan: TilePlan) -> str | None:
+    """Why this tier cannot take the call, or None."""
+    if q.device.type != "cuda" and not interpreted():
+        return f"q is on {q.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1, set before Python starts, to emulate one)"
+    if q.device.type == "cuda" and not interpreted():
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]}; the kernel needs 8.0 or newer"
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype}; the kernel takes float32, float16 and bfloat16"
+    if not 1 <= q.shape[-1] <= _MAX_DIM:
+        return f"head dim {q.shape[-1]}; the kernel takes 1 to {_MAX_DIM}"
+    return None
+
+
+def tile_for(plan: TilePlan, q: Tensor) -> tuple[int, int]:
+    """The tile sizes to lower ``plan`` to for this tier.
+
+    Tiles of 32 and more stay as they are: the kernel cuts a tile into its own blocks while it runs, so full blocks
+    stay full, lists stay short, and nothing is lowered twice. Smaller tiles are merged to the tuning table's size.
+    """
+    entry = _tuning(plan, q, q.shape[-1], tile_q=128, tile_k=128)
+    return (
+        plan.tile_q if plan.tile_q >= min(32, plan.n_q) else entry.block_q,
+        plan.tile_k if plan.tile_k >= min(32, plan.n_k) else entry.tested,
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TilePlan,
+    *,
+    scale: float,
+    kv_valid: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention over the plan's visible pairs.
+
+    q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv) in the caller's order, any strides. ``kv_valid``: int32
+    (B,), tokens from that index on are dead. Returns out (B, H, Nq, Dv) in q's dtype, laid out in memory as q is,
+    and the natural-log LSE (B, H, Nq) float32 or None. A row without a visible key gives 0 and an LSE of -inf.
+    Raises ``NotImplementedError`` for head dims above 256.
+    """
+    dim = max(q.shape[-1], v.shape[-1])
+    if dim > _MAX_DIM:
+        raise NotImplementedError(
+            f"head dims {q.shape[-1]} (q, k) and {v.shape[-1]} (v); the Triton kernel takes up to {_MAX_DIM}: use backend='flex'"
+        )
+    if not scale > 0:
+        # The kernel scales after the maximum, which only a positive scale allows.
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = _empty_like(q, v.shape[-1], torch.float32 if interpreted() else q.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    if out.numel():
+        entry = _tuning(plan, q, dim, plan.tile_q, plan.tile_k)
+        blocks = plan.tiles_q * -(-plan.tile_q // entry.block_q)
+        with torch.cuda.device_of(q):
+            forward[(blocks * q.shape[0] * q.shape[1],)](
+                *arguments(q, k, v, out, lse, plan, scale=scale, kv_valid=kv_valid),
+                **constants(plan, entry, q.shape[-1], v.shape[-1], bounded=kv_valid is not None),
+                num_warps=entry.warps,
+                num_stages=entry.stages,
+            )
+    return out.to(q.dtype), lse
+
+
+def arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: TilePlan, *, scale: float,
+    kv_valid: Tensor | None,
+) -> tuple:  # fmt: skip
+    """The kernel's run-time arguments, in order."""
+    predicate = plan.predicate if plan.partial is not None and plan.predicate is not None else Predicate()
+    return (
+        q, k, v, out, lse,
+        *(x.stride()[:3] for x in (q, k, v, out)),
+        _list(plan.full), _list(plan.partial), _order(plan.order), _order(plan.kv_order),
+        *_predicate(predicate), _gate(plan.gate if plan.partial is not None else None),
+        None if kv_valid is None else kv_valid.to(q.device).contiguous(),
+        plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
+    )  # fmt: skip
+
+
+def constants(plan: TilePlan, entry: Tuning, dim: int, dim_v: int, *, bounded: bool) -> dict:
+    """The kernel's compile-time arguments. ``bounded``: dead keys are possible."""
+    step = entry.gathered if _gathers(plan) else entry.tested
+    blocks = [entry.full] if plan.partial is None else [entry.full, step]
+    cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
+    return {
+        "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": entry.full, "PARTIAL": step,
+        "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)),
+        "BOUNDED": bool(bounded or cut), "TESTED": plan.predicate is not None, "EMULATED": interpreted(),
+    }  # fmt: skip
+
+
+def widths(dim: int) -> tuple[int, int]:
+    """``dim`` rounded up to a power of two plus a smaller one or 0, both at least 16: 72 -> (64, 16), 96 -> (64, 32)."""
+    whole = 1 << (max(dim, 16) - 1).bit_length()
+    half = whole // 2
+    tail = max(16, 1 << (dim - half - 1).bit_length()) if dim > half else whole
+    return (half, tail) if half >= 16 and tail < half else (whole, 0)
+
+
+def _tuning(plan: TilePlan, q: Tensor, dim: int, tile_q: int, tile_k: int) -> Tuning:
+    capability = None if interpreted() else torch.cuda.get_device_capability(q.device)
+    return tuning(capability, dim, q.element_size(), tile_q, tile_k)
+
+
+def _gathers(plan: TilePlan) -> bool:
+    return plan.gate is not None or (plan.predicate is not None and plan.predicate.band is not None)
+
+
+def _empty_like(q: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """(B, H, Nq, dim), tokens before heads in memory where q has them so: the caller then merges heads for free."""
+    b, h, n = q.shape[:3]
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((b, n, h, dim), dtype=dtype).transpose(1, 2)
+    return q.new_empty((b, h, n, dim), dtype=dtype)
+
+
+def _list(entry: BlockList | None) -> tuple | None:
+    if entry is None:
+        return None
+    index = entry.index if entry.index.stride(-1) == 1 else entry.index.contiguous()
+    return entry.count, index, _strides(entry.count), _strides(index)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of the first three dimensions, the first two of which broadcast."""
+    return (x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1), x.stride(2))
+
+
+def _order(order: Tensor | None) -> tuple | None:
+    if order is None:
+        return None
+    order = order.contiguous()
+    return order, order.stride(0) * (order.ndim == 2)
+
+
+def _predicate(p: Predicate) -> tuple:
+    box = disc = band = None
+    if p.box is not None:
+        box = _flat(p.box.lo), _flat(p.box.hi), _flat(p.box.coord)
+    if p.disc is not None:
+        disc = _flat(p.disc.centre), _flat(p.disc.coord), p.disc.r2.contiguous()
+    if p.band is not None:
+        reach = p.band.reach.contiguous()
+        band = (*_flat((p.band.q_pos, p.band.k_pos, p.band.q_row, p.band.k_col)), reach, reach.stride(0))
+    return box, disc, band, None if p.always is None else p.always.contiguous().view(torch.uint8)
+
+
+def _gate(gate: Gate | None) -> tuple | None:
+    if gate is None:
+        return None
+    table = gate.table if gate.table.stride(-1) == 1 else gate.table.contiguous()
+    return table, gate.q_row.contiguous(), gate.k_col.contiguous(), _strides(table)
+
+
+def _flat(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(table.contiguous() for table in tables)

@@ -1,0 +1,224 @@
+"""The Triton kernel of block-sparse attention: one program per block of queries, flash-style online softmax.
+
+Arguments that are None are features left out: each combination compiles to its own kernel, since one kernel with
+everything on spills registers. Tuples keep a feature's tables together. Capital names are compile-time constants.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward(
+    q, k, v, out, lse,
+    q_strides, k_strides, v_strides, out_strides,
+    full, partial, order, kv_order,
+    box, disc, band, always, gate,
+    kv_valid, n_q, n_k, heads, groups, scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
+    BOUNDED: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks x batch x heads,).
+
+    q, k, v, out: pointers with strides (batch, head, token); the last dimension is contiguous. lse: float32
+    (batch, head, n_q) contiguous, or None. full, partial: (count, index, count strides, index strides), strides
+    (batch, head, query tile). order, kv_order: (slot -> token, head stride). box: (lo, hi, coord); disc: (centre,
+    coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row, k_col, strides
+    (batch, head, row)). scale contains log2(e).
+
+    A plan's tile may hold several blocks. WIDTHS: D as a power of two plus a tail (0 for none), then DV likewise.
+    BOUNDED: a key block may reach past its tile or its live keys. TESTED: cells of 1 in the gate go by the predicate.
+    """
+    splits: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    blocks = tl.cdiv(n_q, TILE_Q) * splits
+    pid = tl.program_id(0)
+    block = pid % blocks
+    b = pid // blocks // heads
+    h = pid // blocks % heads
+    tile = block // splits
+    start = tile * TILE_Q + block % splits * BLOCK_Q
+    if start >= n_q:
+        return
+
+    slot = start + tl.arange(0, BLOCK_Q)
+    live = slot < tl.minimum(tile * TILE_Q + TILE_Q, n_q)
+    token = slot.to(tl.int64)
+    if order is not None:
+        token = tl.load(order[0] + h.to(tl.int64) * order[1] + slot, mask=live, other=0)
+    # Offsets pass 2^31 elements on long videos with many heads.
+    b = b.to(tl.int64)
+    h = h.to(tl.int64)
+    q += b * q_strides[0] + h * q_strides[1]
+    k += b * k_strides[0] + (h // groups) * k_strides[1]
+    v += b * v_strides[0] + (h // groups) * v_strides[1]
+    query = _rows(q, token, q_strides[2], live, WIDTHS[0], 0, D, True, EMULATED)
+    query_tail = query
+    if WIDTHS[1]:
+        query_tail = _rows(q, token, q_strides[2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+
+    acc = tl.zeros((BLOCK_Q, WIDTHS[2]), tl.float32)
+    acc_tail = acc
+    if WIDTHS[3]:
+        acc_tail = tl.zeros((BLOCK_Q, WIDTHS[3]), tl.float32)
+    # Finite, so that a row without a visible key so far has weights exp2(-inf - top) = 0 instead of NaN.
+    top = tl.full((BLOCK_Q,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    valid = n_k
+    if kv_valid is not None:
+        valid = tl.minimum(tl.load(kv_valid + b).to(tl.int32), n_k)
+    if kv_order is not None:
+        kv_order_head = kv_order[0] + h * kv_order[1]
+    else:
+        kv_order_head = None
+
+    count = tl.load(full[0] + b * full[2][0] + h * full[2][1] + tile * full[2][2])
+    index = full[1] + b * full[3][0] + h * full[3][1] + tile.to(tl.int64) * full[3][2]
+    steps: tl.constexpr = (TILE_K + FULL - 1) // FULL
+    for i in range(count * steps):
+        first = tl.load(index + i // steps) * TILE_K
+        acc, acc_tail, top, total = _visit(
+            acc, acc_tail, top, total, query, query_tail, k, v, k_strides[2], v_strides[2], kv_order_head,
+            None, None, None, None, None, b, h, slot, live, first + i % steps * FULL, first + TILE_K, valid, n_k, scale,
+            FULL, D, DV, WIDTHS, BOUNDED, False, False, EMULATED,
+        )  # fmt: skip
+    if partial is not None:
+        count = tl.load(partial[0] + b * partial[2][0] + h * partial[2][1] + tile * partial[2][2])
+        index = partial[1] + b * partial[3][0] + h * partial[3][1] + tile.to(tl.int64) * partial[3][2]
+        steps_partial: tl.constexpr = (TILE_K + PARTIAL - 1) // PARTIAL
+        for i in range(count * steps_partial):
+            first = tl.load(index + i // steps_partial) * TILE_K
+            acc, acc_tail, top, total = _visit(
+                acc, acc_tail, top, total, query, query_tail, k, v, k_strides[2], v_strides[2], kv_order_head,
+                box, disc, band, always, gate, b, h, slot, live, first + i % steps_partial * PARTIAL, first + TILE_K,
+                valid, n_k, scale, PARTIAL, D, DV, WIDTHS, BOUNDED, True, TESTED, EMULATED,
+            )  # fmt: skip
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    out += b * out_strides[0] + h * out_strides[1]
+    _store(out, token, out_strides[2], live, acc / total[:, None], WIDTHS[2], 0, DV)
+    if WIDTHS[3]:
+        _store(out, token, out_strides[2], live, acc_tail / total[:, None], WIDTHS[3], WIDTHS[2], DV)
+    if lse is not None:
+        log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse + (b * heads + h) * n_q + token, log, mask=live)
+
+
+@triton.jit
+def _visit(
+    acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
+    box, disc, band, always, gate, b, h, q_slot, q_live, start, stop, valid, n_k, scale,
+    BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
+    BOUNDED: tl.constexpr, PARTIAL: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the keys of slots start .. min(start + BLOCK, stop), of which tokens below ``valid`` live."""
+    lane = tl.arange(0, BLOCK)
+    slot = start + lane
+    stop = tl.minimum(stop, n_k)
+    live = slot < stop
+    cut = start + BLOCK > stop
+    if kv_order is not None:
+        token = tl.load(kv_order + slot, mask=live, other=0)
+        live = live & (token < valid)
+        cut = cut | (valid < n_k)
+    else:
+        live = slot < tl.minimum(stop, valid)
+        cut = cut | (start + BLOCK > valid)
+        # The block's origin is a scalar, so the per-lane offsets stay loop-invariant.
+        token = lane.to(tl.int64)
+        k += start.to(tl.int64) * k_stride
+        v += start.to(tl.int64) * v_stride
+
+    keys = _rows(k, token, k_stride, live, WIDTHS[0], 0, D, BOUNDED, EMULATED)
+    score = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if WIDTHS[1]:
+        keys_tail = _rows(k, token, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, EMULATED)
+        score = tl.dot(query_tail, tl.trans(keys_tail), score, input_precision="ieee")
+    if PARTIAL:
+        seen = _seen(box, disc, band, always, gate, b, h, q_slot, slot, q_live, slot < n_k, TESTED)
+        if BOUNDED:
+            seen = seen & live[None, :]
+        score = tl.where(seen, score, float("-inf"))
+    elif BOUNDED:
+        if cut:
+            score = tl.where(live[None, :], score, float("-inf"))
+
+    top_new = tl.maximum(top, tl.max(score, 1) * scale)
+    weight = tl.exp2(score * scale - top_new[:, None])
+    fade = tl.exp2(top - top_new)
+    total = total * fade + tl.sum(weight, 1)
+    values = _rows(v, token, v_stride, live, WIDTHS[2], 0, DV, BOUNDED, EMULATED)
+    weight = weight.to(values.dtype)
+    acc = tl.dot(weight, values, acc * fade[:, None], input_precision="ieee")
+    if WIDTHS[3]:
+        values_tail = _rows(v, token, v_stride, live, WIDTHS[3], WIDTHS[2], DV, BOUNDED, EMULATED)
+        acc_tail = tl.dot(weight, values_tail, acc_tail * fade[:, None], input_precision="ieee")
+    else:
+        acc_tail = acc
+    return acc, acc_tail, top_new, total
+
+
+@triton.jit
+def _seen(box, disc, band, always, gate, b, h, q, k, q_live, k_live, TESTED: tl.constexpr):
+    """Which pairs of a partial tile are visible: ``TilePlan.pair_visible`` for slots q x k."""
+    seen = q_live[:, None]
+    if box is not None:
+        for axis in tl.static_range(len(box[2])):
+            coord = tl.load(box[2][axis] + k, mask=k_live, other=0)[None, :]
+            lo = tl.load(box[0][axis] + q, mask=q_live, other=0)[:, None]
+            hi = tl.load(box[1][axis] + q, mask=q_live, other=0)[:, None]
+            seen = seen & (lo <= coord) & (coord < hi)
+    if disc is not None:
+        r2 = tl.load(disc[2] + q, mask=q_live, other=0)[:, None]
+        distance = tl.zeros_like(r2)
+        for axis in tl.static_range(len(disc[1])):
+            coord = tl.load(disc[1][axis] + k, mask=k_live, other=0)[None, :]
+            delta = tl.load(disc[0][axis] + q, mask=q_live, other=0)[:, None] - coord
+            distance = distance + delta * delta
+        seen = seen & (distance < r2)
+    if band is not None:
+        delta = tl.load(band[0] + q, mask=q_live, other=0)[:, None] - tl.load(band[1] + k, mask=k_live, other=0)[None, :]
+        row = tl.load(band[2] + q, mask=q_live, other=0)[:, None]
+        col = tl.load(band[3] + k, mask=k_live, other=0)[None, :]
+        seen = seen & (tl.abs(delta) <= tl.load(band[4] + row * band[5] + col))
+    if always is not None:
+        seen = seen | (tl.load(always + k, mask=k_live, other=0) != 0)[None, :]
+    if gate is not None:
+        row = tl.load(gate[1] + q, mask=q_live, other=0)[:, None]
+        col = tl.load(gate[2] + k, mask=k_live, other=0)[None, :]
+        cell = tl.load(gate[0] + b * gate[3][0] + h * gate[3][1] + row * gate[3][2] + col)
+        if TESTED:
+            seen = (cell == 2) | ((cell == 1) & seen)
+        else:
+            seen = cell == 2
+    return seen & k_live[None, :]
+
+
+@triton.jit
+def _rows(
+    base, token, stride, live, WIDTH: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr,
+    BOUNDED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Columns FROM .. FROM + WIDTH of the tokens' rows; 0 past D and, where BOUNDED, for dead rows."""
+    column = FROM + tl.arange(0, WIDTH)
+    pointer = base + token[:, None] * stride + column[None, :]
+    if FROM + WIDTH > D:
+        mask = (column < D)[None, :]
+        if BOUNDED:
+            mask = mask & live[:, None]
+        x = tl.load(pointer, mask=mask, other=0.0)
+    elif BOUNDED:
+        x = tl.load(pointer, mask=live[:, None], other=0.0)
+    else:
+        x = tl.load(pointer)
+    # The interpreter computes on the bits of 16-bit floats.
+    return x.to(tl.float32) if EMULATED else x
+
+
+@triton.jit
+def _store(base, token, stride, live, x, WIDTH: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr):
+    column = FROM + tl.arange(0, WIDTH)
+    pointer = base + token[:, None] * stride + column[None, :]
+    mask = live[:, None] & (column < D)[None, :]
+    tl.store(pointer, x.to(base.dtype.element_ty), mask=mask)

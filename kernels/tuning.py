@@ -1,0 +1,79 @@
+"""The one tuning table: block sizes, warps and stages of the attention kernel per architecture and head dim.
+
+Looked up, never searched: a call does not autotune. The register counts behind the entries come from compiling
+each of them offline (``tests/kernels/block_sparse/test_triton_compile.py``); no entry has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Queries per program, keys per step in full, tested and gathered tiles, warps, and pipeline stages.
+
+    ``tested``: partial tiles whose predicate reads one value per row and column. ``gathered``: partial tiles whose
+    test reads one value per pair (gate, band), which takes registers, so the step is shorter.
+    """
+
+    block_q: int
+    full: int
+    tested: int
+    gathered: int
+    warps: int
+    stages: int
+
+
+# Head dim classes are upper limits. "small" are the architectures with about 100 KB of shared memory (sm86, sm89,
+# sm120); the block sizes are those of spec'd upstream kernels and of FlashAttention's published tables.
+TABLE: dict[tuple[str, int], Tuning] = {
+    ("sm80", 64): Tuning(128, 64, 64, 32, 4, 3),
+    ("sm80", 128): Tuning(128, 64, 64, 32, 8, 3),
+    ("sm80", 256): Tuning(64, 64, 32, 32, 8, 2),
+    ("small", 64): Tuning(128, 64, 64, 32, 4, 3),
+    ("small", 128): Tuning(128, 64, 64, 32, 8, 2),
+    ("small", 256): Tuning(64, 32, 32, 32, 8, 2),
+    ("sm90", 64): Tuning(128, 128, 64, 64, 8, 3),
+    ("sm90", 128): Tuning(128, 128, 64, 32, 8, 3),
+    ("sm90", 256): Tuning(128, 64, 32, 32, 8, 2),
+    ("sm100", 64): Tuning(128, 128, 64, 64, 8, 3),
+    ("sm100", 128): Tuning(128, 128, 64, 32, 8, 3),
+    ("sm100", 256): Tuning(128, 64, 32, 32, 8, 2),
+}
+FLOAT32 = Tuning(64, 32, 32, 32, 4, 2)
+EMULATED = Tuning(128, 128, 128, 128, 4, 1)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The table's class of a CUDA compute capability."""
+    if capability in ((8, 6), (8, 7), (8, 9)) or capability[0] == 12:
+        return "small"
+    return {8: "sm80", 9: "sm90"}.get(capability[0], "sm100")
+
+
+def tuning(capability: tuple[int, int] | None, dim: int, itemsize: int, tile_q: int, tile_k: int) -> Tuning:
+    """The entry for a head dim (the larger of D and Dv) and element size, its blocks fitted to the plan's tiles.
+
+    ``capability`` None is the interpreter, where large blocks mean few emulated steps.
+    """
+    if capability is None:
+        entry = EMULATED
+    elif itemsize == 4:
+        entry = FLOAT32
+    else:
+        limit = next(limit for limit in (64, 128, 256) if dim <= limit)
+        entry = TABLE[architecture(capability), limit]
+    block_q = fit(tile_q, entry.block_q)
+    return replace(
+        entry, block_q=block_q, full=fit(tile_k, entry.full), tested=fit(tile_k, entry.tested),
+        gathered=fit(tile_k, entry.gathered), warps=max(4, entry.warps * block_q // entry.block_q),
+    )  # fmt: skip
+
+
+def fit(tile: int, best: int) -> int:
+    """The block that cuts ``tile`` with the least waste: a power of two from 16 to ``best``, the largest on a tie."""
+    blocks = [best >> shift for shift in range(3) if best >> shift >= min(32, best)]
+    if tile <= 16:
+        blocks.append(16)
+    return min(blocks, key=lambda block: (-(-tile // block) * block, -block))
