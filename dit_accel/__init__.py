@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "attend": "attend",
-    "plan": "attend",
+    "attend": "functional",
+    "plan": "functional",
     "Layout": "layout",
     "Segment": "layout",
     "Step": "step",
     "State": "state",
     "Schedule": "schedule",
     "Guard": "guard",
-    "Plan": "plan",
+    "Plan": "plans",
     "Method": "methods",
     "Radial": "methods",
     "AllBlocks": "methods",
@@ -57,13 +57,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attend import attend, plan
+    from .functional import attend, plan
     from .diffusers import describe, reset_attn_processor, set_attn_processor
     from .errors import DitAccelError, UnsupportedError, UsageError
     from .guard import Guard
     from .layout import Layout, Segment
     from .methods import AllBlocks, Method, Radial, RandomBlocks
-    from .plan import Plan
+    from .plans import Plan
     from .processors import AllBlocksProcessor, Processor, RadialProcessor, RandomBlocksProcessor
     from .schedule import Schedule
     from .state import State

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, UsageError
 from ..layout import Layout
-from ..plan import Plan
+from ..plans import Plan
 from ..state import State
 from ..step import Step
 

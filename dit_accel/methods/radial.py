@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, UsageError
 from ..kernels import Band, BlockList, Predicate
 from ..layout import Layout
-from ..plan import Blocks, Plan
+from ..plans import Blocks, Plan
 from .base import Call, Method, check_density
 from .testing import outside_main
 

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import BlockList
 from ..layout import Layout
-from ..plan import Blocks, Plan
+from ..plans import Blocks, Plan
 from .base import Call, Method, check_density
 
 

@@ -1,0 +1,143 @@
+"""The functional contract: ``attend`` and ``plan``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .errors import UnsupportedError, UsageError
+from .kernels.block_sparse import block_sparse_attention
+from .kernels.block_sparse.api import choose
+from .layout import Layout
+from .methods.base import Call, Method
+from .plans import Plan, lower
+from .state import State
+from .step import Step
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: Method | None = None,
+    *,
+    layout: Layout,
+    plan: Plan | None = None,
+    kv_layout: Layout | None = None,
+    kv_valid: Tensor | None = None,
+    layer: int = 0,
+    step: Step | None = None,
+    state: State | None = None,
+    head_offset: int = 0,
+    quant: object | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention under a method, as ``scaled_dot_product_attention`` takes it.
+
+    q: (B, H, Nq, D); k, v: (B, Hk, Nk, D), H a multiple of Hk. ``layout`` describes the queries (and the keys,
+    unless ``kv_layout`` is given). ``method=None`` without a ``plan`` is dense. ``kv_valid``: int32 (B,), keys
+    from that index on are dead. ``scale=None`` takes the method's own, else D**-0.5. ``state`` lets a method
+    keep what it found between calls and caches static plans; without it a stateful method searches afresh.
+    ``backend``: ``"reference"``, ``"gather"``, ``"flex"``, ``"triton"`` or ``"auto"``.
+
+    Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
+    Raises ``UsageError`` for tensors that do not fit the layout, ``UnsupportedError`` for what is not served.
+    """
+    if quant is not None:
+        raise UnsupportedError(f"quantised attention is not part of this version; got quant={quant!r}, allowed: None")
+    _check(q, k, layout, kv_layout, kv_valid)
+    if method is None and plan is None:
+        return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+    if plan is None:
+        call = Call(layout, kv_layout, kv_valid, layer, step or Step(), state or State(), head_offset, scale, q.device)
+        plan = make_plan(q, k, v, method, call)
+    tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
+    scale = scale if scale is not None else plan.scale if plan.scale is not None else q.shape[-1] ** -0.5
+    try:
+        out, lse = block_sparse_attention(
+            q, k, v, tiles, scale=scale, kv_valid=kv_valid, backend=backend, return_lse=return_lse
+        )
+    except NotImplementedError as error:
+        raise UnsupportedError(str(error)) from error
+    return (out, lse) if return_lse else out
+
+
+def plan(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    method: Method,
+    *,
+    layout: Layout,
+    kv_layout: Layout | None = None,
+    kv_valid: Tensor | None = None,
+    layer: int = 0,
+    step: Step | None = None,
+    state: State | None = None,
+    head_offset: int = 0,
+    scale: float | None = None,
+) -> Plan:
+    """The plan that :func:`attend` would execute. Methods whose plan is static take None for q, k and v."""
+    if not method.static and (q is None or k is None):
+        raise UsageError(f"{type(method).__name__} looks at q and k; pass them")
+    device = torch.device("cpu") if q is None else q.device
+    call = Call(layout, kv_layout, kv_valid, layer, step or Step(), state or State(), head_offset, scale, device)
+    return make_plan(q, k, v, method, call)
+
+
+def make_plan(q: Tensor | None, k: Tensor | None, v: Tensor | None, method: Method, call: Call) -> Plan:
+    """A method's plan on the call's device; a static one comes from the state's cache."""
+    if not method.static:
+        return method.plan(q, k, v, call)
+    key = (method, call.layout, call.kv_layout, call.device)
+    return call.state.plan(key, lambda: _static(method, call))
+
+
+def _static(method: Method, call: Call) -> Plan:
+    method.check(call.layout)
+    return method.plan(None, None, None, call).to(call.device)
+
+
+def tiled(plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False):
+    """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
+    own = lower(plan, (plan.q_blocks.size or 64, plan.k_blocks.size or 64))
+    try:
+        tier, _ = choose(q, own, backend=backend, return_lse=return_lse)
+    except (NotImplementedError, ValueError) as error:
+        kind = UnsupportedError if isinstance(error, NotImplementedError) else UsageError
+        raise kind(str(error)) from error
+    if tier != "triton":
+        return own
+    from .kernels.block_sparse.triton import tile_for
+
+    return lower(plan, tile_for(own, q))
+
+
+def _dense(q, k, v, kv_valid, scale, backend, return_lse):
+    if not return_lse and backend != "reference":
+        mask = None
+        if kv_valid is not None:
+            mask = (torch.arange(k.shape[2], device=k.device) < kv_valid.to(k.device)[:, None])[:, None, None, :]
+        gqa = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    from .methods.testing import AllBlocks
+
+    layout, kv_layout = (Layout(grid=(1, 1, x.shape[2])) for x in (q, k))
+    tier = backend if backend in ("reference", "triton") else "gather"
+    return attend(
+        q, k, v, AllBlocks(block_size=128), layout=layout, kv_layout=kv_layout, kv_valid=kv_valid, scale=scale,
+        backend=tier, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _check(q: Tensor, k: Tensor, layout: Layout, kv_layout: Layout | None, kv_valid: Tensor | None) -> None:
+    for name, x, shape in (("q", q, layout), ("k", k, kv_layout or layout)):
+        if x.ndim != 4:
+            raise UsageError(f"{name} must be (B, H, N, D); got shape {tuple(x.shape)}")
+        if x.shape[2] != shape.tokens:
+            raise UsageError(f"{name} has {x.shape[2]} tokens but its layout ({shape}) has {shape.tokens}")
+    if kv_valid is not None and kv_valid.shape != (q.shape[0],):
+        raise UsageError(f"kv_valid must be ({q.shape[0]},), one length per sample; got {tuple(kv_valid.shape)}")

@@ -1,0 +1,115 @@
+"""Plan and lowering: geometry fuzz against brute force. Grids are never cubes only."""
+
+import pytest
+import torch
+from dit_accel.kernels import Band, BlockList, Box, Disc, Predicate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_accel.errors import UsageError
+from dit_accel.layout import Layout
+from dit_accel.plans import Blocks, Plan, lower
+
+
+def random_blocks(draw, n):
+    if draw(st.booleans()):
+        return Blocks.uniform(n, draw(st.sampled_from([4, 8, 16])))
+    cuts = sorted(draw(st.sets(st.integers(1, n - 1), max_size=6)))
+    return Blocks(torch.tensor([0, *cuts, n]))
+
+
+@st.composite
+def plans(draw):
+    """A plan with random ragged blocks, classes, predicate and order, and its visible pairs by definition."""
+    grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(2, 7)))
+    layout = Layout(grid, text=draw(st.integers(0, 5)), text_first=draw(st.booleans()))
+    n, heads = layout.tokens, draw(st.sampled_from([1, 2]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def integers(high, *shape):
+        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
+
+    q_blocks, k_blocks = random_blocks(draw, n), random_blocks(draw, n)
+    kinds = integers(3, 1, heads, q_blocks.count, k_blocks.count)
+    lo, coord, other = integers(6, n), integers(8, n), integers(8, n)
+    predicate = draw(st.sampled_from([
+        Predicate(box=Box((lo, lo), (lo + 4, lo + 5), (coord, other))),
+        Predicate(disc=Disc((lo, coord), (coord, other), integers(20, n)), always=integers(2, n).bool()),
+        Predicate(band=Band(lo, coord, lo % 3, coord % 3, integers(5, 3, 3) - 1)),
+    ]))  # fmt: skip
+    order = draw(st.sampled_from([None, "shared", "heads"]))
+    if order == "shared":
+        order = torch.randperm(n, generator=generator)
+    elif order == "heads":
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(heads)])
+    made = Plan(
+        layout, q_blocks, k_blocks, BlockList.from_mask(kinds == 1), BlockList.from_mask(kinds == 2), predicate, order
+    )
+    seen = torch.zeros((1, heads, n, n), dtype=torch.bool)
+    q_owner, k_owner = q_blocks.owner(), k_blocks.owner()
+    for h in range(heads):
+        token = torch.arange(n) if order is None else order if order.ndim == 1 else order[h]
+        for q in range(n):
+            for k in range(n):
+                kind = int(kinds[0, h, q_owner[q], k_owner[k]])
+                passes = kind == 2 and bool(predicate.visible(torch.tensor(q), torch.tensor(k)))
+                seen[0, h, token[q], token[k]] = kind == 1 or passes
+    return made, seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans(), st.sampled_from([None, (4, 4), (8, 4), (5, 7), (64, 64)]))
+def test_lowering_to_any_tile_shows_exactly_the_plan(pair, tile):
+    made, seen = pair
+    assert torch.equal(made.token_mask().expand_as(seen), seen)
+    tiles = lower(made, tile)
+    back = lower(made, None).token_mask() if tile is None else tiles.token_mask()
+    assert torch.equal(back, lower(made).token_mask())
+    assert made.density == pytest.approx(seen.float().mean().item(), rel=1e-5)
+    main = made.layout.main
+    assert made.density_video == pytest.approx(seen[..., main, main].float().mean().item(), rel=1e-5)
+
+
+def test_lists_never_hold_a_tile_twice():
+    layout = Layout((3, 5, 7))
+    blocks = Blocks(torch.tensor([0, 13, 50, 105]))
+    kinds = torch.tensor([[[[1, 2, 0], [2, 1, 2], [0, 2, 1]]]])
+    box = Predicate(box=Box((torch.arange(105, dtype=torch.int32) - 9,), (torch.arange(105, dtype=torch.int32) + 9,),
+                            (torch.arange(105, dtype=torch.int32),)))  # fmt: skip
+    made = Plan(layout, blocks, blocks, BlockList.from_mask(kinds == 1), BlockList.from_mask(kinds == 2), box)
+    tiles = lower(made, (16, 16))
+    both = tiles.full.mask(tiles.tiles_k) & tiles.partial.mask(tiles.tiles_k)
+    assert not both.any()
+
+
+def test_aligned_blocks_split_without_becoming_partial():
+    layout = Layout((4, 8, 8))
+    blocks = Blocks.uniform(256, 64)
+    made = Plan(layout, blocks, blocks, BlockList.from_mask(torch.eye(4, dtype=torch.bool)[None, None]))
+    tiles = lower(made, (32, 16))
+    assert tiles.partial is None
+    assert tiles.visited == 4 * 2 * 4
+
+
+def test_lowering_is_cached_per_tile():
+    layout = Layout((4, 8, 8))
+    blocks = Blocks.uniform(256, 64)
+    made = Plan(layout, blocks, blocks, BlockList.from_mask(torch.eye(4, dtype=torch.bool)[None, None]))
+    assert lower(made, (32, 32)) is lower(made, (32, 32))
+
+
+def test_token_mask_refuses_what_does_not_fit():
+    layout = Layout((32, 45, 80))
+    blocks = Blocks.uniform(layout.tokens, 128)
+    made = Plan(layout, blocks, blocks, BlockList.from_mask(torch.eye(blocks.count, dtype=torch.bool)[None, None]))
+    with pytest.raises(UsageError, match=r"2 GiB"):
+        made.token_mask()
+    assert 0 < made.density < 0.01
+
+
+def test_blocks_know_their_sizes():
+    ragged = Blocks(torch.tensor([0, 3, 10, 12]))
+    assert (ragged.n, ragged.count, ragged.size) == (12, 3, None)
+    assert Blocks.uniform(10, 4).size == 4
+    assert Blocks.uniform(10, 16).size == 10
+    assert Blocks.uniform(10, 4).owner().tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]

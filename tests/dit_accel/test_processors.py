@@ -1,0 +1,52 @@
+import inspect
+import pickle
+
+import pytest
+
+from dit_accel import Guard, Processor, Radial, RadialProcessor, Schedule, UsageError
+from dit_accel.methods import REGISTRY, Method, find
+from dit_accel.processors import PROCESSORS
+
+
+def test_parameters_are_the_methods_plus_the_common_ones():
+    processor = RadialProcessor(decay=0.5, block_size=64, schedule=Schedule(first=2), backend="gather")
+    assert processor.method == Radial(decay=0.5, block_size=64)
+    assert processor.schedule == Schedule(first=2)
+    assert {"decay", "rule", "schedule", "guard", "backend"} <= set(inspect.signature(RadialProcessor).parameters)
+
+
+def test_settings_compare_hash_and_pickle():
+    one, two = RadialProcessor(decay=0.5), RadialProcessor(decay=0.5)
+    assert one == two == pickle.loads(pickle.dumps(one))
+    assert len({one, two, RadialProcessor(decay=0.6), RadialProcessor(guard=Guard(False))}) == 3
+
+
+def test_every_public_method_has_its_processor_and_survives_a_round_trip():
+    assert set(PROCESSORS) == set(REGISTRY)
+    for name, processor in PROCESSORS.items():
+        try:
+            method = processor().method
+        except UsageError:
+            continue
+        assert method.name == name
+        assert Method.from_dict(method.to_dict()) == method
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"dekay": 1}, "no parameter dekay; allowed: decay"), ({"backend": "cuda"}, "auto, reference"),
+     ({"on_unsupported": "x"}, "'dense' or 'error'"), ({"quant": "int8"}, "quant")],
+)  # fmt: skip
+def test_bad_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        RadialProcessor(**settings)
+
+
+def test_an_unknown_method_gets_a_suggestion():
+    with pytest.raises(UsageError, match="did you mean 'radial'"):
+        find("radail")
+
+
+def test_called_as_a_bare_processor_it_names_the_right_call():
+    with pytest.raises(TypeError, match=r"pipe.set_attn_processor"):
+        Processor(None)(object(), 1)

@@ -1,0 +1,27 @@
+from dit_accel.state import State
+from dit_accel.step import Step
+
+
+def test_a_plan_is_built_once_per_key():
+    state, built = State(), []
+    for key in ("a", "b", "a"):
+        state.plan(key, lambda key=key: built.append(key))
+    assert built == ["a", "b"]
+
+
+def test_slots_are_apart_by_run_branch_and_layer():
+    state = State()
+    state.slot(Step(run=0, branch="cond"), 3)["map"] = 1
+    assert state.slot(Step(run=0, branch="cond", index=9), 3) == {"map": 1}
+    assert state.slot(Step(run=0, branch="uncond"), 3) == {}
+    assert state.slot(Step(run=1, branch="cond"), 3) == {}
+    assert state.slot(Step(run=0, branch="cond"), 4) == {}
+
+
+def test_closing_a_run_forgets_it_and_earlier_ones():
+    state = State()
+    for run in range(3):
+        state.slot(Step(run=run), 0)["seen"] = run
+    state.close_run(1)
+    assert len(state) == 1
+    assert state.slot(Step(run=2), 0) == {"seen": 2}
