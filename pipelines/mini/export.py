@@ -1,0 +1,63 @@
+"""Writes the trained parts as a stock WanPipeline folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from .text import MAX_LENGTH
+
+#: How the bundled model wants to be called; every key but ``fps`` is an argument of ``WanPipeline.__call__``.
+DEFAULTS = {
+    "height": 64,
+    "width": 80,
+    "num_frames": 65,
+    "num_inference_steps": 30,
+    "guidance_scale": 4.0,
+    "negative_prompt": "",
+    "max_sequence_length": MAX_LENGTH,
+    "fps": 16,
+}
+
+
+def build_scheduler(shift: float = 3.0) -> UniPCMultistepScheduler:
+    """UniPC on flow sigmas for a model that predicts clean latents."""
+    return UniPCMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000, solver_order=2
+    )
+
+
+def build_pipeline(
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: UMT5EncoderModel,
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    shift: float = 3.0,
+) -> WanPipeline:
+    """A WanPipeline of the given parts."""
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=build_scheduler(shift),
+        transformer=transformer,
+    )
+
+
+def save(pipeline: WanPipeline, folder: Path, defaults: dict | None = None, dtype: torch.dtype = torch.float16) -> None:
+    """Saves ``pipeline`` to ``folder`` in ``dtype`` together with ``mini.json``, the default render settings."""
+    parts = {name: getattr(pipeline, name) for name in ("text_encoder", "transformer", "vae")}
+    before = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
+    for part in parts.values():
+        part.to(dtype)
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    finally:
+        for name, part in parts.items():
+            part.to(torch.float32)
+            part.load_state_dict(before[name])
+    (folder / "mini.json").write_text(json.dumps(DEFAULTS | (defaults or {}), indent=2) + "\n")

@@ -1,0 +1,178 @@
+"""Trains the bundled model: ``python -m dit_accel.pipelines.mini.train --config cpu --out FOLDER``.
+
+Stages, each resumable: ``vae`` (autoencoder), ``encode`` (draw and encode the training clips), ``denoiser`` (text
+encoder and transformer), ``export`` (a WanPipeline folder). ``encode`` may run beside ``denoiser`` in a second process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from . import export, sheets
+from .data import Latents, encode_shards
+from .loop import Schedule, Stage
+from .model import Denoiser, build_transformer, denoising_loss
+from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
+from .vae import build_vae, clip_batch, latent_statistics, vae_loss
+
+STAGES = ("vae", "encode", "denoiser", "export")
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """Reads a shipped config (``cpu``, ``gpu``) or a JSON file."""
+    shipped = Path(__file__).parent / f"config_{name}.json"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem.removeprefix("config_") for p in shipped.parent.glob("config_*.json")))
+        raise SystemExit(f"--config {name!r} is neither a file nor a shipped config; shipped: {known}")
+    return json.loads(path.read_text())
+
+
+def _schedule(part: dict[str, Any]) -> Schedule:
+    names = ("steps", "lr", "warmup", "ema", "floor", "weight_decay")
+    return Schedule(**{k: part[k] for k in names if k in part})
+
+
+class Run:
+    """One training run in one folder."""
+
+    def __init__(self, config: dict[str, Any], out: Path, device: str = "cpu") -> None:
+        self.config, self.out, self.device = config, out, torch.device(device)
+        self.seed = config["seed"]
+        out.mkdir(parents=True, exist_ok=True)
+
+    def _stage(self, name: str, module: torch.nn.Module, loss, part: dict[str, Any], report) -> Stage:
+        return Stage(
+            name,
+            module,
+            loss,
+            _schedule(part),
+            self.out,
+            seed=self.seed,
+            autocast=self.config["autocast"],
+            every=part.get("every", 100),
+            report=report,
+        )
+
+    def vae_stage(self) -> Stage:
+        """The autoencoder's training stage, at its last checkpoint."""
+        part = self.config["vae"]
+        torch.manual_seed(self.seed)
+        vae = build_vae(part["base_dim"], part["z_dim"]).to(self.device)
+        lengths = part["clip_frames"]
+
+        def loss(step: int, generator: torch.Generator):
+            rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+            frames = lengths[step % len(lengths)]
+            video = clip_batch(rng, max(part["tokens"] // frames, 1), frames).to(self.device)
+            return vae_loss(vae, video, generator, part["kl"])
+
+        def report(module: AutoencoderKLWan, step: int) -> None:
+            sheets.vae_sheet(module, self.out / "vae.png")
+
+        return self._stage("vae", vae, loss, part, report)
+
+    def train_vae(self, deadline: float | None) -> bool:
+        """Trains the autoencoder, then measures its latents and saves it to ``vae/``."""
+        if (self.out / "vae" / "config.json").is_file():
+            return True
+        stage = self.vae_stage()
+        if not stage.run(deadline):
+            return False
+        vae = stage.averaged().eval()
+        mean, std = latent_statistics(vae, np.random.default_rng(self.seed))
+        vae.register_to_config(latents_mean=[round(v, 5) for v in mean], latents_std=[round(v, 5) for v in std])
+        vae.save_pretrained(self.out / "vae")
+        return True
+
+    def vae(self) -> AutoencoderKLWan:
+        """The trained autoencoder."""
+        return AutoencoderKLWan.from_pretrained(self.out / "vae").to(self.device).eval()
+
+    def encode(self, deadline: float | None) -> bool:
+        """Draws and encodes the training clips."""
+        return encode_shards(self.vae(), self.out / "data", self.config["data"]["shards"], self.seed, deadline)
+
+    def denoiser_stage(self) -> Stage:
+        """The denoiser's training stage, at its last checkpoint."""
+        part, data = self.config["denoiser"], self.config["data"]
+        torch.manual_seed(self.seed + 1)
+        tokenizer = build_tokenizer()
+        text_encoder = build_text_encoder(tokenizer, part["text_dim"])
+        channels = self.config["vae"]["z_dim"]
+        transformer = build_transformer(part["width"], part["head_dim"], part["layers"], channels, part["text_dim"])
+        model = Denoiser(text_encoder, transformer).to(self.device)
+        latents = Latents(self.out / "data", data["shards"], data["first"], data["grow"])
+
+        def loss(step: int, generator: torch.Generator):
+            phase = next(p for p in part["phases"] if step < p["until"])
+            clean, frames, texts = latents.batch(step, phase["batch"], phase["frames"], generator)
+            drop = torch.rand(len(texts), generator=generator) < part["dropout"]
+            texts = ["" if d else t for d, t in zip(drop.tolist(), texts, strict=True)]
+            tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+            tensors = (clean, tokens.input_ids, tokens.attention_mask, frames)
+            clean, ids, mask, frames = (t.to(self.device) for t in tensors)
+            return denoising_loss(model, clean, ids, mask, frames, generator, part["shift"])
+
+        def report(module: Denoiser, step: int) -> None:
+            pipeline = export.build_pipeline(
+                tokenizer, module.text_encoder, module.transformer, self.vae(), part["shift"]
+            )
+            sheets.sample_sheet(
+                pipeline, self.out / f"samples_{step:06d}.png", prompts=sheets.PROMPTS[: part.get("samples", 4)]
+            )
+            sheets.loss_curve(self.out)
+
+        return self._stage("denoiser", model, loss, part, report)
+
+    def train_denoiser(self, deadline: float | None) -> bool:
+        """Trains text encoder and transformer."""
+        return self.denoiser_stage().run(deadline)
+
+    def export(self, folder: Path) -> None:
+        """Writes the averaged weights of the last checkpoint as a WanPipeline folder."""
+        stage = self.denoiser_stage()
+        model = stage.averaged().eval().cpu()
+        pipeline = export.build_pipeline(
+            build_tokenizer(), model.text_encoder, model.transformer, self.vae().cpu(), self.config["denoiser"]["shift"]
+        )
+        export.save(pipeline, folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code (0 done, 1 stopped by ``--max-minutes``: start the same command
+    again)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.pipelines.mini.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--config", default="cpu", help="a shipped config (cpu, gpu) or a JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and pictures")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--export", type=Path, help="where to write the pipeline (default: OUT/pipeline)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--max-minutes", type=float, help="stop at a checkpoint after this long")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else None
+    run = Run(load_config(args.config), args.out, args.device)
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        if stage == "export":
+            run.export(args.export or args.out / "pipeline")
+        elif not {"vae": run.train_vae, "encode": run.encode, "denoiser": run.train_denoiser}[stage](deadline):
+            print(f"stopped in stage {stage!r} after {args.max_minutes} minutes; the same command continues")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
