@@ -52,7 +52,7 @@ def attend(
     if method is None and plan is None:
         return _dense(q, k, v, kv_valid, scale, backend, return_lse)
     if plan is None:
-        call = Call(layout, kv_layout, kv_valid, layer, step or Step(), State() if state is None else state, head_offset, scale, q.device)
+        call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
         plan = make_plan(q, k, v, method, call)
     tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
     scale = scale if scale is not None else plan.scale if plan.scale is not None else q.shape[-1] ** -0.5
@@ -83,9 +83,14 @@ def plan(
     """The plan that :func:`attend` would execute. Methods whose plan is static take None for q, k and v."""
     if not method.static and (q is None or k is None):
         raise UsageError(f"{type(method).__name__} looks at q and k; pass them")
-    device = torch.device("cpu") if q is None else q.device
-    call = Call(layout, kv_layout, kv_valid, layer, step or Step(), State() if state is None else state, head_offset, scale, device)
+    call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
     return make_plan(q, k, v, method, call)
+
+
+def _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale) -> Call:
+    device = torch.device("cpu") if q is None else q.device
+    state = State() if state is None else state
+    return Call(layout, kv_layout, kv_valid, layer, step or Step(), state, head_offset, scale, device)
 
 
 def make_plan(q: Tensor | None, k: Tensor | None, v: Tensor | None, method: Method, call: Call) -> Plan:
