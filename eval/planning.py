@@ -13,7 +13,7 @@ import time
 
 
 def measure(method: str, grid: tuple[int, int, int]) -> dict:
-    """Seconds of the first plan, peak bytes it added to the process, bytes of its index lists, density. Linux and macOS."""
+    """Seconds of the first plan, peak memory it added to the process, size of its index lists, density."""
     import resource
 
     from ..functional import plan
@@ -29,8 +29,8 @@ def measure(method: str, grid: tuple[int, int, int]) -> dict:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
-        "method": method, "grid": list(grid), "tokens": layout.tokens, "seconds": round(seconds, 4),
-        "peak_mb": round(peak * unit / 1e6, 1), "plan_mb": round(made.bytes() / 1e6, 2), "density": round(made.density, 4),
+        "method": method, "grid": list(grid), "tokens": layout.tokens, "seconds": round(seconds, 4), "density": round(made.density, 4),
+        "peak_mb": round(peak * unit / 1e6, 1), "plan_mb": round(made.bytes() / 1e6, 2),
     }  # fmt: skip
 
 
