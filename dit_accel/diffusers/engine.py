@@ -1,0 +1,299 @@
+"""Engine: one per accelerated transformer. Decides for every attention call and counts what it decided."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..functional import attend, make_plan, tiled
+from ..guard import Flags
+from ..kernels.block_sparse import choose
+from ..layout import Layout
+from ..methods import Call
+from ..processors import Processor
+from ..state import State
+from ..step import Step
+from . import ops
+from .derive import adopt, derive, stock_of
+from .families import Family
+from .hooks import Seat
+from .masks import Unreadable, kv_valid
+from .stats import Stats
+from .tracker import StepTracker
+
+logger = logging.getLogger("dit_accel")
+_numbers = itertools.count()
+_UNSEEN = object()
+
+# A layout on which a method that refuses single images as such refuses, at a size that no method finds too small.
+_LARGE_IMAGE = Layout(grid=(1, 256, 256))
+
+
+@dataclass
+class Forward:
+    """What is known of the forward under way. ``trial``: the guard repeats it and checks call by call."""
+
+    layout: Layout
+    step: Step
+    trial: bool = False
+    checked: bool = False
+    masks: list[tuple[Tensor, Tensor | str | None]] = field(default_factory=list)
+
+
+class _Unsupported(Exception):
+    """A call the engine does not understand: ``reason`` is its counter, the message tells the user."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Engine:
+    """Accelerates one transformer under a :class:`~dit_accel.Processor`'s settings.
+
+    ``family``: how the model is built. ``scheduler``: returns the pipeline's scheduler or None. Making one raises
+    ``UnsupportedError`` when the method has no meaning on this family or an attention class cannot be derived, and
+    leaves the model untouched; :meth:`attach` changes it. The engine lives on the forward hooks of its model.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, processor: Processor, scheduler: Callable[[], Any] = lambda: None
+    ):
+        sites = family.find_sites(model)
+        if not sites:
+            raise UnsupportedError(
+                f"family {family.name!r} finds no attention in this {type(model).__name__}: no module name matches "
+                f"{family.sites!r}. Correct the row's sites and register it again with register_family"
+            )
+        if family.image and processor.method is not None:
+            processor.method.check(_LARGE_IMAGE)
+        for cls in {type(stock_of(module.processor)) for _, module in sites}:
+            derive(cls)
+        self.id = next(_numbers)
+        self.family = family
+        self.processor = processor
+        self.state = State()
+        self.tracker = StepTracker(scheduler, family.timestep_scale)
+        self.stats = Stats([(name, "joint" if family.joint else "self") for name, _ in sites])
+        self.forward: Forward | None = None
+        self._model = weakref.ref(model)
+        self._flags: Flags | None = None
+        self._faulty: set[int] = set()
+        self._layouts: set[Layout] = set()
+        self._sites = [module for _, module in sites]
+        self._adopted: list[tuple[nn.Module, Any]] = []
+        self._seat: Seat | None = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model()
+
+    def attach(self) -> None:
+        """Put derived processors on the sites and hooks on the model."""
+        ops.ENGINES[self.id] = self
+        for layer, module in enumerate(self._sites):
+            ours = adopt(module.processor, torch.tensor([self.id, layer]))
+            module.processor = ours
+            self._adopted.append((module, ours))
+        self._seat = Seat(self, self.model)
+
+    def detach(self) -> None:
+        """Put every stock processor back and remove the hooks. A processor set meanwhile stays."""
+        for module, ours in self._adopted:
+            if module.processor is ours:
+                module.processor = stock_of(ours)
+        self._adopted.clear()
+        self._seat.remove()
+        ops.ENGINES.pop(self.id, None)
+
+    def reset_stats(self) -> None:
+        """Start every counter afresh."""
+        self.stats.reset()
+
+    def begin(self, timestep: Any, read: tuple[Any, ...]) -> None:
+        """A forward begins. ``read``: the arguments that the family's layout wants.
+
+        Raises ``UnsupportedError`` when the method refuses the layout; nothing was computed yet.
+        """
+        model = self.model
+        if model is None:
+            return
+        before = self.forward
+        step = self.tracker.poll(timestep)
+        layout = self.family.layout(model.config, *read)
+        method = self.processor.method
+        if method is not None and layout not in self._layouts:
+            method.check(layout)
+            self._layouts.add(layout)
+        if before is None or before.step.run != step.run:
+            self.state.close_run(step.run - 1)
+            self._faulty.clear()
+            self._note_unknown_total(step)
+        self.forward = Forward(layout, step)
+        self.stats.forwards += 1
+
+    def finish(self, again: Callable[[], Any]) -> Any:
+        """The forward ended. Returns the output of its repeat, by ``again``, where the guard found a fault, else None.
+
+        Reads the flags, once, when any call was checked. The repeat checks every call on the spot and runs a layer
+        dense whose output is not finite although its inputs are; such a layer stays dense for the rest of the run,
+        since a fault that was seen once would otherwise cost a repeat at every step.
+        """
+        forward = self.forward
+        if forward is None or not forward.checked:
+            return None
+        forward.checked = False
+        self.stats.flag_reads += 1
+        raised = self._flags.read()
+        if not raised:
+            return None
+        self._flags.clear()
+        forward.trial = True
+        self.stats.repeats += 1
+        known = len(self.stats.guard_events)
+        output = again()
+        forward.trial = False
+        if len(self.stats.guard_events) == known:
+            self.warn(
+                f"guard: the output of layer {raised[0]} ({self.stats.layers[raised[0]].name}) was not finite at step "
+                f"{forward.step.index}; the repeated forward found no attention call at fault, so either its inputs "
+                "were not finite or the fault was transient"
+            )
+        return output
+
+    def attend(self, layer: int, call: ops.Primitive) -> Tensor:
+        """The result of one attention call at ``layer``, sparse or stock."""
+        with self.stats.timed(call.query.device):
+            try:
+                reason, valid = self._dense_reason(layer, call), None
+                if reason is None:
+                    valid = self._kv_valid(call)
+            except _Unsupported as error:
+                if self.processor.on_unsupported == "error":
+                    raise UnsupportedError(f"{self.stats.layers[layer].name}: {error}") from None
+                self.warn(f"{error}; such calls run dense")
+                reason = error.reason
+            if reason is not None:
+                return self._dense(layer, call, reason)
+            return self._sparse(layer, call, valid)
+
+    def warn(self, message: str) -> None:
+        """Log ``message`` and keep it in the stats, once."""
+        if message not in self.stats.warnings:
+            self.stats.warnings.append(message)
+            logger.warning(message)
+
+    def _dense(self, layer: int, call: ops.Primitive, reason: str) -> Tensor:
+        self.stats.count_dense(layer, reason, _pairs(call))
+        return call.dense()
+
+    def _sparse(self, layer: int, call: ops.Primitive, valid: Tensor | None) -> Tensor:
+        forward, method = self.forward, self.processor.method
+        q, k, v = call.heads_first()
+        told = Call(forward.layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
+        plan = make_plan(q, k, v, method, told)
+        backend = self.processor.backend
+        if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
+            backend = "gather"  # the one fast tier with a backward
+        tier, why = choose(q, tiled(plan, q, backend=backend), backend=backend)
+        out = attend(q, k, v, plan=plan, layout=forward.layout, kv_valid=valid, scale=call.scale, backend=tier)
+        if self.processor.guard.active and not self._passes(layer, out, (q, k, v)):
+            return self._dense(layer, call, "guard")
+        self.stats.count_sparse(layer, plan, method.static, tier, why, _pairs(call))
+        return call.back(out)
+
+    def _passes(self, layer: int, out: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+        """Flags a fault on the device. In a repeat, says on the spot whether the output can be used."""
+        forward = self.forward
+        if not forward.trial:
+            if self._flags is None or self._flags.device != out.device:
+                self._flags = Flags(len(self.stats.layers), out.device)
+            self._flags.check(layer, out)
+            forward.checked = True
+            return True
+        if _finite(out) or not all(_finite(x) for x in inputs):
+            return True
+        self._faulty.add(layer)
+        name, step = self.stats.layers[layer].name, forward.step
+        self.stats.guard_events.append({"layer": layer, "name": name, "step": step.index})
+        self.warn(
+            f"guard: non-finite attention output at layer {layer} ({name}), step {step.index}; "
+            "the layer runs dense until the run ends"
+        )
+        return False
+
+    def _dense_reason(self, layer: int, call: ops.Primitive) -> str | None:
+        """Why this call is dense, or None. Raises :class:`_Unsupported` for what is not understood."""
+        forward = self.forward
+        if self.processor.method is None:
+            return "baseline"
+        if forward is None:
+            raise _Unsupported("outside", "attention was called outside a forward of the transformer")
+        if self.processor.schedule.is_dense(forward.step, layer):
+            return "schedule"
+        if layer in self._faulty:
+            return "guard"
+        tokens = 1 if call.form == "BSHD" else 2
+        queries, keys = call.query.shape[tokens], call.key.shape[tokens]
+        if queries != keys:
+            return "cross"
+        self._understand(call, queries)
+        return None
+
+    def _understand(self, call: ops.Primitive, tokens: int) -> None:
+        forward, name = self.forward, self.family.name
+        if call.extra.get("parallel_config") is not None:
+            raise _Unsupported("context-parallel", "context parallelism is not served by sparse attention yet")
+        if call.is_causal or call.dropout_p:
+            what = "causal attention" if call.is_causal else f"attention dropout {call.dropout_p}"
+            raise _Unsupported("causal" if call.is_causal else "dropout", f"{what} is not served")
+        if tokens != forward.layout.tokens:
+            raise _Unsupported(
+                "layout",
+                f"family {name!r} expected {forward.layout.tokens} tokens ({forward.layout}); the call has {tokens}",
+            )
+        if self.processor.backend in ("flex", "triton") and torch.is_grad_enabled() and call.query.requires_grad:
+            raise _Unsupported("training", f"backend {self.processor.backend!r} has no backward; 'gather' has one")
+
+    def _kv_valid(self, call: ops.Primitive) -> Tensor | None:
+        """The call's mask as live key counts; looked into once per mask and forward."""
+        mask = call.attn_mask
+        if mask is None:
+            return None
+        known = next((result for seen, result in self.forward.masks if seen is mask), _UNSEEN)
+        if known is _UNSEEN:
+            try:
+                known = kv_valid(mask, call.query.shape[0], self.forward.layout.tokens)
+            except Unreadable as error:
+                known = str(error)
+            self.forward.masks.append((mask, known))
+        if isinstance(known, str):
+            raise _Unsupported("mask", known)
+        return known
+
+    def _note_unknown_total(self, step: Step) -> None:
+        schedule = self.processor.schedule
+        needed = (isinstance(schedule.first, float) and schedule.first) or schedule.last
+        if self.processor.method is not None and step.total is None and needed:
+            self.warn(
+                "the number of steps of this run is not known, so the fractions of the schedule count as zero; set the "
+                "processor on the pipeline instead of on its transformer, or give Schedule(first=<number of steps>)"
+            )
+
+
+def _pairs(call: ops.Primitive) -> int:
+    """Query-key pairs of the call, over batch and heads."""
+    tokens = 1 if call.form == "BSHD" else 2
+    return call.query.shape[:-1].numel() * call.key.shape[tokens]
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

@@ -1,0 +1,91 @@
+"""Hooks: how an engine learns that its transformer begins and ends a forward."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import ops
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Detached:
+    """What a copied or unpickled model has in the place of an engine's hook. Does nothing."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Hook:
+    def __init__(self, seat: Seat):
+        self.seat = seat
+
+    def __reduce__(self) -> tuple:
+        return Detached, ()
+
+
+class Before(_Hook):
+    """Forward pre-hook: tells the engine the arguments that matter."""
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        seat = self.seat
+        timestep = seat.argument(seat.timestep, args, kwargs)
+        read = tuple([seat.argument(name, args, kwargs) for name in seat.reads])
+        if not torch.compiler.is_compiling():
+            seat.engine.begin(timestep, read)
+            return None
+        timestep = ops.begin_forward(timestep, seat.handle, *ops.pack(read))
+        return seat.replaced(timestep, args, kwargs)
+
+
+class After(_Hook):
+    """Forward hook: lets the guard look at the flags and repeat the forward."""
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        return self.seat.engine.finish(lambda: model.forward(*args, **kwargs))
+
+
+class Seat:
+    """The two hooks of one engine on its model, and where ``forward`` takes the arguments they read."""
+
+    def __init__(self, engine: Engine, model: nn.Module):
+        self.engine = engine
+        self.handle = torch.tensor([engine.id, -1])
+        self.timestep = engine.family.timestep
+        self.reads = engine.family.reads
+        self.positions = {name: i for i, name in enumerate(list(inspect.signature(type(model).forward).parameters)[1:])}
+        self._removers = [
+            model.register_forward_pre_hook(Before(self), with_kwargs=True),
+            model.register_forward_hook(After(self), with_kwargs=True),
+        ]
+
+    def argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The value of forward's argument ``name``; None where the caller left it out."""
+        if name in kwargs:
+            return kwargs[name]
+        position = self.positions.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def replaced(self, timestep: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another timestep."""
+        if self.timestep in kwargs:
+            return args, {**kwargs, self.timestep: timestep}
+        position = self.positions[self.timestep]
+        return (*args[:position], timestep, *args[position + 1 :]), kwargs
+
+    def remove(self) -> None:
+        for remover in self._removers:
+            remover.remove()
+
+
+def engine_of(model: Any) -> Engine | None:
+    """The engine attached to ``model``, or None."""
+    hooks = getattr(model, "_forward_pre_hooks", {}).values()
+    return next((hook.seat.engine for hook in hooks if isinstance(hook, Before)), None)

@@ -1,0 +1,181 @@
+"""Stats: what an engine counted, per layer and over the run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plans import Plan
+
+# Dense on purpose; every other reason is a fallback.
+INTENDED = frozenset({"schedule", "baseline", "cross"})
+
+
+@dataclass
+class LayerStats:
+    """One attention site. ``dense``: calls by reason. ``tiers``: sparse calls by execution tier.
+
+    ``tier_reason``: why the last tier was chosen. ``last``: what the last call did, ``"sparse"`` or the dense reason.
+    """
+
+    name: str
+    kind: str
+    dense: Counter[str] = field(default_factory=Counter)
+    tiers: Counter[str] = field(default_factory=Counter)
+    tier_reason: str = ""
+    last: str = ""
+    _kept: Plan | Tensor | None = None
+
+    @property
+    def sparse(self) -> int:
+        """Calls that ran the method."""
+        return self.tiers.total()
+
+    @property
+    def fallback(self) -> int:
+        """Dense calls that were not meant to be dense."""
+        return sum(n for reason, n in self.dense.items() if reason not in INTENDED)
+
+    @property
+    def density(self) -> float | None:
+        """Kept fraction of the last sparse call, or None before the first."""
+        return None if self._kept is None else _density(self._kept)
+
+
+class Stats:
+    """Counters of one engine since it was attached or reset.
+
+    ``forwards``: transformer forwards; ``repeats``: those that the guard ran again; ``flag_reads``: host syncs
+    of the guard. ``guard_events``: one ``{"layer", "name", "step"}`` per fault. ``warnings``: each once.
+    ``timing``: set it to measure attention calls, dense ones too.
+    """
+
+    def __init__(self, sites: list[tuple[str, str]]):
+        self._sites = sites
+        self.timing = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting afresh; ``timing`` stays as it is."""
+        self.layers = [LayerStats(name, kind) for name, kind in self._sites]
+        self.forwards = self.repeats = self.flag_reads = 0
+        self.guard_events: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self._pairs = self._dense_pairs = 0
+        # Pairs computed under each plan. A static plan recurs, so there are few; their densities are read once, late.
+        self._static: dict[int, tuple[Plan, int]] = {}
+        self._dynamic: list[Tensor] = []
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    @property
+    def sparse(self) -> int:
+        return sum(layer.sparse for layer in self.layers)
+
+    @property
+    def fallback(self) -> int:
+        return sum(layer.fallback for layer in self.layers)
+
+    @property
+    def dense(self) -> dict[str, int]:
+        """Dense calls by reason."""
+        return dict(sum((layer.dense for layer in self.layers), Counter()))
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Sparse calls by execution tier."""
+        return dict(sum((layer.tiers for layer in self.layers), Counter()))
+
+    @property
+    def density(self) -> float | None:
+        """Mean kept fraction over the layers that ran sparse, as of their last call."""
+        values = [layer.density for layer in self.layers if layer.density is not None]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def effective_density(self) -> float | None:
+        """Kept query-key pairs over all pairs of the calls counted, dense steps and layers included."""
+        kept = self._dense_pairs + sum(plan.density * pairs for plan, pairs in self._static.values())
+        kept += sum(float(pairs) for pairs in self._dynamic)
+        return kept / self._pairs if self._pairs else None
+
+    @property
+    def attention_seconds(self) -> float | None:
+        """Seconds inside attention calls, or None when ``timing`` is off. Synchronises the GPU once."""
+        if not self.timing:
+            return None
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+            self._events.clear()
+        return self._seconds
+
+    def count_dense(self, layer: int, reason: str, pairs: int) -> None:
+        entry = self.layers[layer]
+        entry.dense[reason] += 1
+        entry.last = reason
+        self._pairs += pairs
+        self._dense_pairs += pairs
+
+    def count_sparse(self, layer: int, plan: Plan, static: bool, tier: str, reason: str, pairs: int) -> None:
+        entry = self.layers[layer]
+        entry.tiers[tier] += 1
+        entry.tier_reason, entry.last = reason, "sparse"
+        self._pairs += pairs
+        if static:
+            entry._kept = plan
+            self._static[id(plan)] = plan, self._static.get(id(plan), (plan, 0))[1] + pairs
+            return
+        entry._kept = _visited(plan)
+        if not self._dynamic:
+            self._dynamic.append(torch.zeros((), dtype=torch.float64, device=plan.device))
+        self._dynamic[0] += entry._kept * pairs
+
+    @contextlib.contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Adds the time spent inside, where ``timing`` is on. Neither waits for the device."""
+        if not self.timing:
+            yield
+        elif device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "repeats": self.repeats,
+            "flag_reads": self.flag_reads,
+            "sparse_calls": self.sparse,
+            "dense_calls": self.dense,
+            "fallback_calls": self.fallback,
+            "tiers": self.tiers,
+            "density": self.density,
+            "effective_density": self.effective_density,
+            "attention_seconds": self.attention_seconds,
+            "guard_events": list(self.guard_events),
+            "warnings": list(self.warnings),
+        }
+
+
+def _visited(plan: Plan) -> Tensor:
+    """float64 scalar on the plan's device: visited share of the block pairs, without a host sync."""
+    lists = [entry for entry in (plan.full, plan.partial) if entry is not None]
+    return sum(entry.count.to(torch.float64).mean() for entry in lists) / plan.k_blocks.count
+
+
+def _density(kept: Plan | Tensor) -> float:
+    return float(kept) if isinstance(kept, Tensor) else kept.density

@@ -1,0 +1,103 @@
+"""StepTracker: where in the denoising run a forward stands, without any effort of the user.
+
+Three sources, the best one present wins: what the pipeline says through ``cache_context``, the pipeline's
+scheduler (polled, never hooked), the timestep value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..step import Step
+
+# Upstream's name for both guidance halves in one batch; a Step calls that no branch.
+_BATCHED = "cond_uncond"
+
+
+class StepTracker:
+    """Polled once per transformer forward.
+
+    ``scheduler``: returns the pipeline's current scheduler or None. ``scale``: factor from the transformer's
+    timestep argument to the scheduler's timesteps.
+    """
+
+    def __init__(self, scheduler: Callable[[], Any] = lambda: None, scale: float = 1.0):
+        self._scheduler = scheduler
+        self._scale = scale
+        self._context: dict[str, Any] = {}
+        self._timesteps: Any = None
+        self._values: list[float] = []
+        self._seen: list[float] = []
+        self._last: Step | None = None
+
+    @contextlib.contextmanager
+    def context(self, **fields: Any) -> Iterator[None]:
+        """What ``cache_context`` said, for the forwards inside."""
+        before, self._context = self._context, fields
+        try:
+            yield
+        finally:
+            self._context = before
+
+    def poll(self, timestep: Any) -> Step:
+        """The step of the forward that begins now. ``timestep``: its argument, a tensor or a number."""
+        scheduler = self._scheduler()
+        fresh = self._renewed(scheduler)
+        found = self._from_context() or self._from_scheduler(scheduler, timestep) or self._counted(timestep)
+        index, total, sigma = found
+        run = self._last.run if self._last else 0
+        if self._last and (fresh or index < self._last.index):
+            run += 1
+        branch = self._context.get("name", "")
+        self._last = Step(index, total, sigma, "" if branch == _BATCHED else branch, run)
+        return self._last
+
+    def _renewed(self, scheduler: Any) -> bool:
+        """Whether the scheduler's timesteps were set since the last forward. ``set_timesteps`` makes a new tensor."""
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or timesteps is self._timesteps:
+            return False
+        first = self._timesteps is None
+        self._timesteps = timesteps
+        self._values = torch.as_tensor(timesteps).flatten().tolist()
+        return not first
+
+    def _from_context(self) -> tuple[int, int | None, float | None] | None:
+        index = self._context.get("step_index")
+        if index is None:
+            return None
+        return int(index), self._context.get("num_inference_steps") or self._total(), self._context.get("sigma")
+
+    def _from_scheduler(self, scheduler: Any, timestep: Any) -> tuple[int, int | None, float | None] | None:
+        if not self._values:
+            return None
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            if index is None:
+                index = getattr(scheduler, "begin_index", None) or 0
+        else:
+            value = _number(timestep) * self._scale
+            index = min(range(len(self._values)), key=lambda i: abs(self._values[i] - value))
+        sigmas = getattr(scheduler, "sigmas", None)
+        sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
+        return int(index), self._total(), sigma
+
+    def _counted(self, timestep: Any) -> tuple[int, None, None]:
+        """Distinct timestep values so far; a turn of their direction or the first value again begins a new run."""
+        value, seen = _number(timestep), self._seen
+        if not seen or value != seen[-1]:
+            turned = len(seen) > 1 and (value - seen[-1]) * (seen[1] - seen[0]) < 0
+            self._seen = [value] if turned or value in seen else [*seen, value]
+        return len(self._seen) - 1, None, None
+
+    def _total(self) -> int | None:
+        return len(self._values) or None
+
+
+def _number(timestep: Any) -> float:
+    """The noisiest of a batch or of a token-wise timestep. One host sync where it is a tensor on a GPU."""
+    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
