@@ -1,0 +1,150 @@
+"""What ``dit-accel render`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .console import Console, table
+
+_PHASES = ("text", "loop", "attention", "planning", "vae", "export")
+_WORDS = {
+    "done": "rendered",
+    "skipped": "skipped (finished)",
+    "differs": "kept, made with other settings",
+    "failed": "failed",
+}
+
+
+def planned(console: Console, plan: Any, *, dry: bool) -> None:
+    """The resolved settings, once, and what was decided for the user."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    console.say(f"model      {plan.info.name} ({plan.info.pipeline_class.__name__}, {dtype} on {plan.device})")
+    for line in dict.fromkeys(attention_line(o.shot) for o in plan.outcomes):
+        console.say(f"attention  {line}")
+    for note in dict.fromkeys(note for o in plan.outcomes for note in o.shot.choice.notes):
+        console.note(f"note: {note}")
+    for outcome in plan.outcomes:
+        name = outcome.file.name
+        if outcome.status == "differs":
+            console.note(f"kept: {name} was made with other settings ({outcome.detail}); --overwrite renders it")
+        elif outcome.status == "skipped":
+            console.say(f"skip       {name} (finished)")
+        elif dry:
+            console.say(f"would write {outcome.file}  {_size(outcome.shot)}, {outcome.shot.steps} steps")
+
+
+def _size(shot: Any) -> str:
+    size = f"{shot.width}x{shot.height}" if shot.width else "the model's own size"
+    return f"{size}, {shot.frames} frame{'s' * (shot.frames > 1)}"
+
+
+def attention_line(shot: Any) -> str:
+    """``radial (decay 0.2, ...), density 0.24, 8 of 30 steps dense``."""
+    choice = shot.choice
+    if choice.processor is None:
+        return "dense"
+    own = {k: v for k, v in choice.processor.method.to_dict().items() if k != "method" and v is not None}
+    dense = len(choice.processor.schedule.dense_steps(shot.steps))
+    density = f", density {choice.density:.3f}" if choice.density is not None else ""
+    settings = ", ".join(f"{key} {_short(value)}" for key, value in own.items())
+    return f"{choice.name} ({settings}){density}, {dense} of {shot.steps} steps dense"
+
+
+def show(console: Console) -> Callable[[str, dict[str, Any]], None]:
+    """A listener for the job that prints what became of each output."""
+
+    def listen(event: str, data: dict[str, Any]) -> None:
+        if event != "end":
+            return
+        outcome = data["outcome"]
+        if outcome.status == "failed":
+            console.note(f"failed: {outcome.file.name}: {outcome.detail}")
+            return
+        record = outcome.record
+        console.say(f"{outcome.file}  {seconds_line(record['seconds'])}")
+        for line in [*attention_report(record["attention"]), *compare_report(record.get("compare"))]:
+            console.say(f"  {line}")
+
+    return listen
+
+
+def seconds_line(seconds: dict[str, float]) -> str:
+    parts = [f"{name} {seconds[name]:.2f}" for name in _PHASES if name in seconds]
+    return f"{seconds['total']:.2f} s ({', '.join(parts)})"
+
+
+def attention_report(attention: dict[str, Any]) -> list[str]:
+    """One line of what ran, and one per thing that did not run as asked."""
+    if not attention.get("sparse_calls") and not attention.get("fallbacks"):
+        return []
+    density = attention["density"]
+    lines = [
+        f"tier {attention['tier']}, density {_number(density)}, effective {_number(attention['effective_density'])} "
+        f"with the dense steps; fallbacks {_counts(attention['fallbacks'])}"
+    ]
+    events = attention["guard_events"]
+    lines += [f"guard: layer {e['layer']} ({e['name']}) ran dense from step {e['step']}" for e in events[:3]]
+    if len(events) > 3:
+        lines.append(f"guard: and {len(events) - 3} more events (see the JSON record)")
+    return lines + [f"warning: {text}" for text in attention["warnings"] if not text.startswith("guard:")]
+
+
+def compare_report(compare: dict[str, Any] | None) -> list[str]:
+    """The comparison as a small table, the bound beside the measurement."""
+    if not compare:
+        return []
+    dense, fast, speedup = compare["seconds"]["dense"], compare["seconds"]["accelerated"], compare["speedup"] or {}
+    rows = [("", "dense", "accelerated", "speed-up")]
+    for title, phase, name in _ROWS:
+        if phase in dense and phase in fast:
+            gain = f"{speedup[name]:.2f}x" if name in speedup else "-"
+            rows.append((title, f"{dense[phase]:.2f} s", f"{fast[phase]:.2f} s", gain))
+    lines = table(rows, right=frozenset({1, 2, 3}))
+    if "refused" in compare:
+        lines.append(f"no speed-up is stated: {compare['refused']}")
+    if compare["bound"] is not None:
+        lines.append(
+            f"attention is {compare['attention_share']:.0%} of the dense loop; at effective density "
+            f"{compare['effective_density']:.3f} the loop can gain at most {compare['bound']:.2f}x"
+        )
+    warm = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in compare["warmup_seconds"].items())
+    lines.append(f"warm-up, compilation included, not in these times: {warm}; run order {', '.join(compare['order'])}")
+    same = compare["fidelity"]
+    ssim = "-" if same["ssim"] is None else f"{same['ssim']:.4f}"
+    lines.append(f"PSNR {same['psnr']:.2f} dB, SSIM {ssim}, accelerated against dense, frames before the codec")
+    return lines
+
+
+_ROWS = (
+    ("denoising loop", "loop", "loop"),
+    ("attention", "attention", "attention"),
+    ("end to end", "total", "end_to_end"),
+)
+
+
+def end_of_job(console: Console, plan: Any, *, interrupted: bool) -> int:
+    """Print the summary; the exit code."""
+    count = {status: sum(o.status == status for o in plan.outcomes) for status in (*_WORDS, "pending")}
+    parts = [f"{count[status]} {word}" for status, word in _WORDS.items() if count[status]]
+    if interrupted:
+        console.note(
+            f"interrupted: {', '.join(parts) or 'nothing rendered'}, {count['pending']} left; "
+            "the same command with --resume continues"
+        )
+        return 130
+    bad = bool(count["failed"] or count["differs"])
+    (console.note if bad else console.say)(f"{', '.join(parts)} in {plan.job.out}")
+    return 1 if bad else 0
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"

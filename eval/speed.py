@@ -1,0 +1,62 @@
+"""Speed: measuring in turn, and the limits that a measurement is set against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+# Tiers that emulate: their timings say nothing about the method.
+EMULATED = ("reference", "interpreter")
+
+
+def amdahl(share: float, density: float) -> float:
+    """The most a loop can gain: attention is ``share`` of its time and falls to ``density`` of its own.
+
+    Both in [0, 1]; ``density`` is the effective one, dense steps and layers counted.
+    """
+    return 1 / (1 - share + share * density)
+
+
+def effective_density(density: float, dense_steps: int, steps: int) -> float:
+    """Density over a run of ``steps`` steps of which ``dense_steps`` are dense on every layer."""
+    return (dense_steps + (steps - dense_steps) * density) / steps
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float | int]:
+    """``median``, ``min``, ``iqr`` in the unit given, and ``runs``. The IQR of fewer than four runs is their range."""
+    ordered = sorted(seconds)
+    if len(ordered) < 4:
+        spread = ordered[-1] - ordered[0]
+    else:
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
+        spread = high - low
+    return {"median": statistics.median(ordered), "min": ordered[0], "iqr": spread, "runs": len(ordered)}
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, float | int]]:
+    """Time callables in turn, A B A B, after ``warmup`` untimed calls each; :func:`summary` of seconds per name.
+
+    Taking turns keeps a slow drift of the clock from favouring one of them. CUDA work is waited for.
+    """
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    for call in candidates.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, call in candidates.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: summary(values) for name, values in seconds.items()}

@@ -1,0 +1,148 @@
+"""Which attention a shot gets: method, parameters, dense steps and layers, said aloud where the tool decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import UnsupportedError, UsageError
+from ..functional import plan
+from ..layout import Layout
+from ..methods import Method, find
+from ..processors import Processor
+from ..schedule import Schedule
+
+DENSE = "dense"
+MISS = 0.2
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What the user asked of attention. ``method=None`` lets the tool choose; ``"dense"`` is stock attention.
+
+    ``density``: kept fraction in (0, 1]. ``dense_steps``: leading steps left dense, a count or a fraction.
+    ``dense_layers``: leading layers left dense, a count or a set of layer indices. ``parameters``: the method's
+    own, by name. ``backend``: an execution tier or ``"auto"``.
+    """
+
+    method: str | None = None
+    density: float | None = None
+    dense_steps: int | float | None = None
+    dense_layers: int | frozenset[int] | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision. ``processor`` is None for dense attention. ``density``: the plan's on the video tokens, if known.
+
+    ``notes``: what the user should hear.
+    """
+
+    processor: Processor | None
+    density: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.processor.method.name if self.processor else DENSE
+
+
+def choose(
+    accel: Acceleration, *, layout: Layout | None, frames: int, steps: int, is_video: bool, defaults: dict[str, Any]
+) -> Choice:
+    """Decide for one shot of ``frames`` frames and ``steps`` steps; ``layout`` holds its video tokens, if known.
+
+    Raises ``UsageError`` for values that cannot be, ``UnsupportedError`` where the method named has no meaning here.
+    """
+    if accel.density is not None and not 0 < accel.density <= 1:
+        raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
+    name, notes = accel.method, []
+    if name is None:
+        name = "radial" if frames > 1 else DENSE
+        if name == DENSE:
+            kind = "a single frame" if is_video else "an image model"
+            notes.append(f"dense attention: {kind} has no default method yet; name one with --method")
+    schedule = _schedule(accel, steps)
+    if name.lower() == DENSE:
+        _refuse_leftovers(accel)
+        return Choice(None, 1.0, tuple(notes))
+    method = _method(name, accel, defaults)
+    if layout is not None:
+        method.check(layout)
+    elif frames < 2:
+        method.check(Layout(grid=(1, 1, 64)))
+    method, density, miss = _with_density(method, accel.density, layout)
+    notes += miss
+    dense = len(schedule.dense_steps(steps))
+    if dense >= steps:
+        notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
+    return Choice(Processor(method, schedule=schedule, backend=accel.backend), density, tuple(notes))
+
+
+def _schedule(accel: Acceleration, steps: int) -> Schedule:
+    first = accel.dense_steps
+    if isinstance(first, int) and first > steps:
+        raise UsageError(f"--dense-steps {first} is more than the {steps} steps of the run; give 0 to {steps}")
+    own = {"first": first, "layers": accel.dense_layers}
+    return Schedule(**{key: value for key, value in own.items() if value is not None})
+
+
+def _method(name: str, accel: Acceleration, defaults: dict[str, Any]) -> Method:
+    cls = find(name)
+    allowed = [f.name for f in fields(cls)]
+    unknown = accel.parameters.keys() - set(allowed)
+    if unknown:
+        raise UsageError(
+            f"method {cls.name!r} has no parameter {', '.join(sorted(unknown))}; "
+            f"allowed: {', '.join(allowed) or 'none'}"
+        )
+    tuned = defaults.get("methods", {}).get(cls.name, {})
+    try:
+        return cls(**{**tuned, **accel.parameters})
+    except TypeError as error:
+        raise UsageError(f"method {cls.name!r} cannot be made from {accel.parameters}: {error}") from None
+
+
+def _with_density(
+    method: Method, density: float | None, layout: Layout | None
+) -> tuple[Method, float | None, list[str]]:
+    if density is None:
+        return method, planned_density(method, layout), []
+    if layout is None:
+        raise UnsupportedError(
+            "--density needs the token grid, which this model's configuration does not tell; "
+            "set the method's own parameters with --param instead"
+        )
+    method, reached = method.with_density(density, layout)
+    if abs(reached - density) <= MISS * density:
+        return method, reached, []
+    note = f"density {density:g} is out of reach of {method.name} on {layout}; the nearest is {reached:.3f}"
+    return method, reached, [note]
+
+
+def planned_density(method: Method, layout: Layout | None) -> float | None:
+    """The density of a static method's plan on ``layout``; None where it depends on the tensors."""
+    if layout is None or not method.static:
+        return None
+    return float(plan(None, None, None, method, layout=layout).density)
+
+
+def _refuse_leftovers(accel: Acceleration) -> None:
+    given = [
+        flag
+        for flag, value in (
+            ("--density", accel.density),
+            ("--dense-steps", accel.dense_steps),
+            ("--dense-layers", accel.dense_layers),
+            ("--param", accel.parameters or None),
+        )
+        if value is not None
+    ]
+    if not given:
+        return
+    which = f"{', '.join(given)} set{'s' if len(given) == 1 else ''} a sparse method"
+    if accel.method is None:
+        raise UsageError(f"{which}, and there is no default one for a single image; name one with --method")
+    raise UsageError(f"{which}, and --method dense has none; leave {'it' if len(given) == 1 else 'them'} out")

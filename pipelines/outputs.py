@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all: written beside the target as ``.partial``, renamed together at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import DitAccelError, UsageError
+
+
+class Outputs:
+    """The files of one shot. Use as a context manager: leaving it by an exception removes everything unfinished.
+
+    :meth:`add` gives the name to write to; :meth:`commit` renames all of them to their final names, in the order
+    added. Final names may be folders.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Path, Path]] = []
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for partial, _ in self._pending:
+            remove(partial)
+        self._pending.clear()
+
+    def add(self, final: Path) -> Path:
+        """The partial name for ``final``, in the same folder so that renaming cannot cross file systems."""
+        partial = final.with_name(final.name + ".partial")
+        remove(partial)
+        self._pending.append((partial, final))
+        return partial
+
+    def commit(self) -> list[Path]:
+        """Rename everything; on failure the files renamed so far go again, so that none stands for a whole shot."""
+        done: list[Path] = []
+        try:
+            for partial, final in self._pending:
+                if final.is_dir():
+                    remove(final)
+                os.replace(partial, final)
+                done.append(final)
+        except BaseException:
+            for final in done:
+                remove(final)
+            raise
+        self._pending.clear()
+        return done
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def prepare_folder(path: Path, flag: str = "-o") -> Path:
+    """Create ``path`` and prove that it can be written to. Raises ``UsageError`` otherwise."""
+    probe = path / ".dit-accel.partial"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {path} cannot be written to ({error.strerror or error}); give a folder that can"
+        ) from None
+    return path
+
+
+def explain(error: OSError, path: Path) -> DitAccelError:
+    """What to tell about a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        folder = next(p for p in (path.parent, *path.parent.parents) if p.exists())
+        free = shutil.disk_usage(folder).free / 2**20
+        return DitAccelError(
+            f"the disk is full while writing {path.name}: {free:.0f} MiB free in {folder}; nothing was left under a "
+            "final name. Free some space, or give another folder with -o, and run again with --resume"
+        )
+    return DitAccelError(f"{path} could not be written: {error.strerror or error}")

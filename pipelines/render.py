@@ -1,0 +1,217 @@
+"""The render job: every prompt to a file and its sidecar, one failure never costing the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DitAccelError, UsageError
+from . import sidecar
+from .compare import Pair, compare
+from .generate import Result, generate
+from .job import Job, Shot, digest, resolve
+from .load import load, pick_device, pick_dtype
+from .model import ModelInfo, inspect_model
+from .outputs import Outputs, explain, prepare_folder
+from .video import side_by_side, write_frames, write_gif, write_mp4, write_png
+
+DONE, SKIPPED, DIFFERS, FAILED, PENDING = "done", "skipped", "differs", "failed", "pending"
+
+Judge = Callable[[Pair], dict[str, Any]]
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Outcome:
+    """What became of one shot. ``status``: done, skipped, differs (kept, made with other settings), failed, pending."""
+
+    shot: Shot
+    file: Path
+    settings: dict[str, Any]
+    status: str = PENDING
+    detail: str = ""
+    record: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        result = {"number": self.shot.number, "prompt": self.shot.prompt, "file": str(self.file), "status": self.status}
+        result["settings"] = self.settings
+        if self.detail:
+            result["detail"] = self.detail
+        if self.shot.choice.notes:
+            result["notes"] = list(self.shot.choice.notes)
+        if self.record:
+            result |= {key: self.record[key] for key in ("seconds", "attention", "compare") if key in self.record}
+        return result
+
+
+@dataclass
+class Plan:
+    """A checked job: nothing in it is left to fail but the rendering itself."""
+
+    job: Job
+    info: ModelInfo
+    device: torch.device
+    dtype: torch.dtype
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def todo(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.status == PENDING]
+
+
+def plan_job(job: Job, *, dry: bool = False) -> Plan:
+    """Check everything that can be checked before weights are loaded, and see which outputs exist already.
+
+    ``dry``: nothing is created on disk. Raises ``UsageError`` or ``UnsupportedError``.
+    """
+    device = pick_device(job.device)
+    dtype = pick_dtype(job.dtype, device)
+    image = job.image is not None or any(p.image is not None for p in job.prompts)
+    info = inspect_model(job.model, image=image)
+    shots = resolve(job, info)
+    if not dry:
+        prepare_folder(job.out)
+        if job.frames_dir is not None:
+            prepare_folder(job.frames_dir, "--frames-dir")
+    plan = Plan(job, info, device, dtype)
+    weights = info.revision or info.fingerprint()
+    for shot in shots:
+        kind = str(dtype).removeprefix("torch.")
+        settings = shot.settings(job, info, weights=weights, device=device.type, dtype=kind)
+        plan.outcomes.append(_existing(job, Outcome(shot, job.out / (shot.stem + shot.suffix), settings)))
+    _refuse_overwriting(plan)
+    return plan
+
+
+def render(plan: Plan, *, judge: Judge | None = None, listen: Listener | None = None, progress: bool = True) -> None:
+    """Render what is pending. Outcomes are updated in place, also when this ends by an exception.
+
+    ``judge`` turns the pair of a comparison into numbers. ``listen`` hears ``("start" | "end" | "note", {...})``.
+    ``progress``: draw a bar per output. ``KeyboardInterrupt`` passes through; finished files stay.
+    """
+    tell = listen or (lambda event, data: None)
+    if not plan.todo:
+        return
+    tell("loading", {"model": plan.info.name, "device": str(plan.device)})
+    pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), offload=plan.job.offload)
+    for outcome in plan.todo:
+        pipe.set_progress_bar_config(disable=not progress, desc=outcome.shot.stem[:40], leave=False, dynamic_ncols=True)
+        tell("start", {"outcome": outcome})
+        try:
+            outcome.record = _one(pipe, plan, outcome, judge, tell)
+            outcome.status = DONE
+        except Exception as error:
+            outcome.status, outcome.detail = FAILED, describe(error)
+        tell("end", {"outcome": outcome})
+
+
+def describe(error: Exception) -> str:
+    """One message for a failure, with remedies where they are known."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of memory: {str(error).splitlines()[0]} Use --offload, fewer --frames or a smaller --size; "
+            "run again with --resume to keep what is finished"
+        )
+    if isinstance(error, DitAccelError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _one(pipe: Any, plan: Plan, outcome: Outcome, judge: Judge | None, tell: Listener) -> dict[str, Any]:
+    job, shot = plan.job, outcome.shot
+    record: dict[str, Any] = {
+        "schema": sidecar.SCHEMA,
+        "digest": digest(outcome.settings),
+        "settings": outcome.settings,
+        "notes": list(shot.choice.notes),
+    }
+    pair = None
+    if job.compare and shot.choice.processor is not None:
+        pair = compare(pipe, shot, repeats=job.repeats, swap=shot.number % 2 == 0, tell=tell)
+        result = pair.fast[-1]
+        record["compare"] = judge(pair) if judge else {}
+    else:
+        result = generate(pipe, shot, shot.choice.processor)
+    record["attention"], record["seconds"] = result.attention, dict(result.seconds)
+    if result.peak_memory is not None:
+        record["peak_memory_bytes"] = result.peak_memory
+    record["device"] = {"type": plan.device.type, "name": device_name(plan.device)}
+    record["versions"] = sidecar.versions()
+    _write(job, outcome, result, pair, record)
+    return record
+
+
+def _write(job: Job, outcome: Outcome, result: Result, pair: Pair | None, record: dict[str, Any]) -> None:
+    """All files of a shot, the sidecar last: a sidecar under its final name means that the shot is whole."""
+    shot, path = outcome.shot, outcome.file
+    started = time.perf_counter()
+    try:
+        with Outputs() as outputs:
+            files = [path.name]
+            if shot.is_video:
+                write_mp4(outputs.add(path), result.frames, shot.fps)
+            else:
+                write_png(outputs.add(path), result.frames[0])
+            if job.gif and shot.is_video:
+                write_gif(outputs.add(path.with_suffix(".gif")), result.frames, shot.fps)
+                files.append(path.with_suffix(".gif").name)
+            if job.frames_dir is not None:
+                write_frames(outputs.add(job.frames_dir / shot.stem), result.frames)
+                files.append(str(job.frames_dir / shot.stem))
+            if pair is not None:
+                beside = path.with_name(f"{shot.stem}-dense-vs-{shot.choice.name}{shot.suffix}")
+                both = side_by_side(pair.dense[-1].frames, pair.fast[-1].frames)
+                if shot.is_video:
+                    write_mp4(outputs.add(beside), both, shot.fps)
+                else:
+                    write_png(outputs.add(beside), both[0])
+                files.append(beside.name)
+            record["seconds"]["export"] = time.perf_counter() - started
+            record["files"] = files
+            sidecar.write(outputs.add(sidecar.sidecar_path(job.out, shot.stem)), record)
+            outputs.commit()
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def _existing(job: Job, outcome: Outcome) -> Outcome:
+    """Mark an outcome whose files are there already."""
+    old = sidecar.read(sidecar.sidecar_path(job.out, outcome.shot.stem))
+    if not job.resume or not outcome.file.exists():
+        return outcome
+    if old and old.get("digest") == digest(outcome.settings):
+        outcome.status, outcome.record = SKIPPED, old
+    elif not job.overwrite:
+        outcome.status = DIFFERS
+        old_settings = old.get("settings", {}) if old else {}
+        changed = sidecar.differences(old_settings, outcome.settings) if old else ["it has no readable sidecar"]
+        outcome.detail = "; ".join(changed)
+    return outcome
+
+
+def _refuse_overwriting(plan: Plan) -> None:
+    taken = [o.file.name for o in plan.todo if o.file.exists()]
+    if taken and not plan.job.overwrite:
+        more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+        raise UsageError(
+            f"{', '.join(taken[:3])}{more} already in {plan.job.out}; use --resume to keep finished videos "
+            "and render the rest, --overwrite to render again, or another -o"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
