@@ -29,9 +29,14 @@ def measure(method: str, grid: tuple[int, int, int]) -> dict:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
-        "method": method, "grid": list(grid), "tokens": layout.tokens, "seconds": round(seconds, 4), "density": round(made.density, 4),
-        "peak_mb": round(peak * unit / 1e6, 1), "plan_mb": round(made.bytes() / 1e6, 2),
-    }  # fmt: skip
+        "method": method,
+        "grid": list(grid),
+        "tokens": layout.tokens,
+        "density": round(made.density, 4),
+        "seconds": round(seconds, 4),
+        "peak_mb": round(peak * unit / 1e6, 1),
+        "plan_mb": round(made.bytes() / 1e6, 2),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
