@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ _LARGE_IMAGE = Layout(grid=(1, 256, 256))
 class Forward:
     """What is known of the forward under way. ``trial``: the guard repeats it and checks call by call."""
 
-    layout: Layout
+    layout: Layout | None
     step: Step
     trial: bool = False
     checked: bool = False
@@ -88,6 +89,7 @@ class Engine:
         self._flags: Flags | None = None
         self._faulty: set[int] = set()
         self._layouts: set[Layout] = set()
+        self._read: deque[tuple[tuple[Any, ...], Layout | None]] = deque(maxlen=4)  # guidance branches alternate
         self._sites = [module for _, module in sites]
         self._adopted: list[tuple[nn.Module, Any]] = []
         self._seat: Seat | None = None
@@ -128,11 +130,7 @@ class Engine:
             return
         before = self.forward
         step = self.tracker.poll(timestep)
-        layout = self.family.layout(model.config, *read)
-        method = self.processor.method
-        if method is not None and layout not in self._layouts:
-            method.check(layout)
-            self._layouts.add(layout)
+        layout = self._layout(model, read)
         if before is None or before.step.run != step.run:
             self.state.close_run(step.run - 1)
             self._faulty.clear()
@@ -184,6 +182,19 @@ class Engine:
             if reason is not None:
                 return self._dense(layer, call, reason)
             return self._sparse(layer, call, valid)
+
+    def _layout(self, model: nn.Module, read: tuple[Any, ...]) -> Layout | None:
+        """The family's layout, checked once against the method."""
+        for before, layout in self._read:
+            if all(a is b for a, b in zip(before, read, strict=True)):
+                return layout
+        layout, method = self.family.layout(model.config, *read), self.processor.method
+        if layout is not None and method is not None and layout not in self._layouts:
+            method.check(layout)
+            self._layouts.add(layout)
+        if self.family.by_value:
+            self._read.append((read, layout))
+        return layout
 
     def warn(self, message: str) -> None:
         """Log ``message`` and keep it in the stats, once."""
@@ -237,16 +248,14 @@ class Engine:
             return "baseline"
         if forward is None:
             raise _Unsupported("outside", "attention was called outside a forward of the transformer")
-        if self.processor.schedule.is_dense(forward.step, layer):
-            return "schedule"
-        if layer in self._faulty:
-            return "guard"
         tokens = 1 if call.form == "BSHD" else 2
         queries, keys = call.query.shape[tokens], call.key.shape[tokens]
         if queries != keys:
             return "cross"
         self._understand(call, queries)
-        return None
+        if self.processor.schedule.is_dense(forward.step, layer):
+            return "schedule"
+        return "guard" if layer in self._faulty else None
 
     def _understand(self, call: ops.Primitive, tokens: int) -> None:
         forward, name = self.forward, self.family.name
@@ -255,11 +264,12 @@ class Engine:
         if call.is_causal or call.dropout_p:
             what = "causal attention" if call.is_causal else f"attention dropout {call.dropout_p}"
             raise _Unsupported("causal" if call.is_causal else "dropout", f"{what} is not served")
-        if tokens != forward.layout.tokens:
-            raise _Unsupported(
-                "layout",
-                f"family {name!r} expected {forward.layout.tokens} tokens ({forward.layout}); the call has {tokens}",
-            )
+        layout = forward.layout
+        if layout is None:
+            raise _Unsupported("layout", f"family {name!r} cannot tell the token grid from these arguments of forward")
+        if tokens != layout.tokens:
+            found = f"family {name!r} expected {layout.tokens} tokens ({layout}); the call has {tokens}"
+            raise _Unsupported("layout", found)
         if self.processor.backend in ("flex", "triton") and torch.is_grad_enabled() and call.query.requires_grad:
             raise _Unsupported("training", f"backend {self.processor.backend!r} has no backward; 'gather' has one")
 

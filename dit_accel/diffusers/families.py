@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError, UsageError
-from ..layout import Layout
+from ..layout import Grid, Layout, Segment
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Family:
 
     ``models``: class names. ``sites``: regular expression over module names, the self and joint attention modules;
     their order in the model is the global layer index and must be the forward's order. ``reads``: the arguments of
-    ``forward`` that ``layout`` wants. ``layout(config, *read)``: the layout of the tokens at those sites.
+    ``forward`` that ``layout`` wants. ``layout(config, *read)``: the layout of the tokens at those sites, or None when
+    the arguments do not tell. ``by_value``: it reads tensor values, so it is kept while the same tensors are passed.
     ``joint``: text tokens are part of the sequence. ``timestep``: the argument with the timestep;
     ``timestep_scale`` times it is a value of the scheduler's timesteps. ``image``: never more than one frame.
     """
@@ -28,7 +30,8 @@ class Family:
     models: tuple[str, ...]
     sites: str
     reads: tuple[str, ...]
-    layout: Callable[..., Layout]
+    layout: Callable[..., Layout | None]
+    by_value: bool = False
     joint: bool = False
     timestep: str = "timestep"
     timestep_scale: float = 1.0
@@ -91,16 +94,107 @@ def _guess_sites(model: nn.Module) -> str:
 
 
 def _wan(config: Any, hidden: Any) -> Layout:
-    """hidden: (B, C, T, H, W) latents."""
-    return Layout(grid=tuple(size // patch for size, patch in zip(hidden.shape[2:], config.patch_size, strict=True)))
+    """hidden: (B, C, T, H, W) latents; text has a cross-attention of its own."""
+    return Layout(grid=_patches(hidden.shape[2:], config.patch_size))
 
 
-register_family(
+def _hunyuan_video(config: Any, hidden: Any, text: Any) -> Layout:
+    """hidden: (B, C, T, H, W) latents; text (B, N, D) follows the video."""
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    return Layout(grid=_patches(hidden.shape[2:], patch), text=text.shape[1])
+
+
+def _cogvideox(config: Any, hidden: Any, text: Any) -> Layout:
+    """hidden: (B, T, C, H, W) latents; text (B, N, D) comes first."""
+    frames, _, height, width = hidden.shape[1:]
+    patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+    # An incomplete last temporal patch is padded by the model, so frames round up.
+    frames = -(-frames // patch[0]) * patch[0]
+    return Layout(grid=_patches((frames, height, width), patch), text=text.shape[1], text_first=True)
+
+
+def _ltx(config: Any, frames: int | None, height: int | None, width: int | None) -> Layout | None:
+    """The latents arrive as tokens; their grid is told beside them, unless coordinates replace it."""
+    if frames is None or height is None or width is None:
+        return None
+    return Layout(grid=(frames, height, width))
+
+
+def _flux(config: Any, image_ids: Any, text_ids: Any) -> Layout:
+    """Ids (N, 3) or (B, N, 3): a row (image, y, x) per token, images after the first are references; text comes first."""
+    ids = (image_ids[0] if image_ids.ndim == 3 else image_ids).cpu().long()
+    sizes = torch.unique_consecutive(ids[:, 0], return_counts=True)[1]
+    segments = [Segment("text", text_ids.shape[-2])] if text_ids.shape[-2] else []
+    for number, rows in enumerate(ids.split(sizes.tolist())):
+        columns = int(rows[:, 2].max() - rows[:, 2].min()) + 1
+        grid = (1, max(len(rows) // columns, 1), columns)
+        segments.append(Segment("reference" if number else "main", grid))
+    return Layout(segments=segments)
+
+
+def _qwen_image(config: Any, shapes: Any, text: Any) -> Layout:
+    """shapes: per sample the grids of its images, the first one generated, the others references; text comes first."""
+    grids = shapes[0]
+    grids = [grids] if isinstance(grids[0], int) else grids
+    segments = [Segment("reference" if number else "main", tuple(grid)) for number, grid in enumerate(grids)]
+    return Layout(segments=[Segment("text", text.shape[1]), *segments])
+
+
+def _patches(sizes: Sequence[int], patch: Sequence[int]) -> Grid:
+    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+for _family in (
     Family(
         name="wan",
         models=("WanTransformer3DModel",),
         sites=r"blocks\.\d+\.attn1",
         reads=("hidden_states",),
         layout=_wan,
-    )
-)
+    ),
+    Family(
+        name="hunyuan-video",
+        models=("HunyuanVideoTransformer3DModel",),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        reads=("hidden_states", "encoder_hidden_states"),
+        layout=_hunyuan_video,
+        joint=True,
+    ),
+    Family(
+        name="cogvideox",
+        models=("CogVideoXTransformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn1",
+        reads=("hidden_states", "encoder_hidden_states"),
+        layout=_cogvideox,
+        joint=True,
+    ),
+    Family(
+        name="ltx",
+        models=("LTXVideoTransformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn1",
+        reads=("num_frames", "height", "width"),
+        layout=_ltx,
+    ),
+    Family(
+        name="flux",
+        models=("FluxTransformer2DModel",),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        reads=("img_ids", "txt_ids"),
+        layout=_flux,
+        by_value=True,
+        joint=True,
+        timestep_scale=1000.0,
+        image=True,
+    ),
+    Family(
+        name="qwen-image",
+        models=("QwenImageTransformer2DModel",),
+        sites=r"transformer_blocks\.\d+\.attn",
+        reads=("img_shapes", "encoder_hidden_states"),
+        layout=_qwen_image,
+        joint=True,
+        timestep_scale=1000.0,
+        image=True,
+    ),
+):
+    register_family(_family)

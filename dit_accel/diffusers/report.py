@@ -64,13 +64,18 @@ def _table(model: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     stats = model["stats"]
     head = [
-        f"{model['model']} (family {model['family']}): {model['processor']['method'] or 'dense'}",
+        f"{model['model']} (family {model['family']}): {_settings(model['processor']['method'])}",
         f"layout {model['layout'] or 'not seen yet'}; {stats['sparse_calls']} sparse calls, "
         f"{sum(stats['dense_calls'].values())} dense, {stats['fallback_calls']} of them fallback; "
         f"effective density {_cell(stats['effective_density'])}",
     ]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*head, *body, *(f"warning: {text}" for text in stats["warnings"])])
+
+
+def _settings(method: dict[str, Any] | None) -> str:
+    values = dict(method or {"method": "dense"})
+    return ", ".join([values.pop("method"), *(f"{name} {value}" for name, value in values.items())])
 
 
 def _cell(value: Any) -> str:
