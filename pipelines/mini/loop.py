@@ -175,7 +175,8 @@ class Stage:
                     if not math.isfinite(value):
                         raise RuntimeError(
                             f"stage {self.name!r} reached loss {value} at step {self.step}; the last checkpoint is "
-                            f"{self.path}. Lower `lr` in the config, or set `autocast = false`, and start the same command again"
+                            f"{self.path}. Lower `lr` in the config, or set `autocast` to false, and start the same "
+                            "command again"
                         )
                     line = {
                         "stage": self.name,

@@ -8,10 +8,14 @@ and the last frame are always among the chosen ones: they are the borders from w
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from transformers import UMT5EncoderModel
+
+from .attention import TrainingAttention
 
 
 class ChosenFramesRope(WanRotaryPosEmbed):
@@ -81,7 +85,19 @@ class Denoiser(torch.nn.Module):
         config = transformer.config
         rope = ChosenFramesRope(config.attention_head_dim, tuple(config.patch_size), config.rope_max_seq_len)
         # Registered buffers are not persistent, so exported weights are the stock model's.
-        self.stock_rope, transformer.rope = transformer.rope, rope.to(transformer.device)
+        transformer.rope = rope.to(transformer.device)
+        if transformer.device.type == "cpu":
+            transformer.set_attn_processor(TrainingAttention())
+
+    @contextmanager
+    def stock(self):
+        """While inside, the transformer runs diffusers' own attention processors."""
+        mine = self.transformer.attn_processors
+        self.transformer.set_attn_processor(WanAttnProcessor())
+        try:
+            yield self.transformer
+        finally:
+            self.transformer.set_attn_processor(mine)
 
     def embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token ids and mask (B, L) to embeddings (B, L, D), zero where padded, exactly as WanPipeline does."""

@@ -123,12 +123,11 @@ class Run:
             return denoising_loss(model, clean, ids, mask, frames, generator, part["shift"])
 
         def report(module: Denoiser, step: int) -> None:
-            pipeline = export.build_pipeline(
-                tokenizer, module.text_encoder, module.transformer, self.vae(), part["shift"]
-            )
-            sheets.sample_sheet(
-                pipeline, self.out / f"samples_{step:06d}.png", prompts=sheets.PROMPTS[: part.get("samples", 4)]
-            )
+            parts = (tokenizer, module.text_encoder, module.transformer, self.vae())
+            with module.stock():
+                pipeline = export.build_pipeline(*parts, part["shift"])
+                path = self.out / f"samples_{step:06d}.png"
+                sheets.sample_sheet(pipeline, path, sheets.PROMPTS[: part.get("samples", 4)])
             sheets.loss_curve(self.out)
 
         return self._stage("denoiser", model, loss, part, report)
@@ -141,10 +140,9 @@ class Run:
         """Writes the averaged weights of the last checkpoint as a WanPipeline folder."""
         stage = self.denoiser_stage()
         model = stage.averaged().eval().cpu()
-        pipeline = export.build_pipeline(
-            build_tokenizer(), model.text_encoder, model.transformer, self.vae().cpu(), self.config["denoiser"]["shift"]
-        )
-        export.save(pipeline, folder)
+        parts = (build_tokenizer(), model.text_encoder, model.transformer, self.vae().cpu())
+        with model.stock():
+            export.save(export.build_pipeline(*parts, self.config["denoiser"]["shift"]), folder)
 
 
 def main(argv: list[str] | None = None) -> int:

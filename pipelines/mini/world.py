@@ -227,7 +227,7 @@ def _across(scene: Scene) -> tuple[float, float]:
     return (0.0, 1.0)
 
 
-def _shape_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Signed distance in pixels (negative inside), for coordinates relative to the centre; all arrays broadcast."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - r
@@ -252,7 +252,7 @@ def _shape_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> 
     return (px * nx + (py - 1.12 * r) * ny) / length
 
 
-def _background(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
+def background(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """The empty stage, float32 (T, H, W, 3) in 0..255."""
     main, second = (np.array(c, np.float32) for c in TONES[scene.tone])
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
@@ -281,7 +281,7 @@ def draw(
     if times is None:
         times = np.arange(frames) / max(frames - 1, 1)
     times = np.asarray(times, np.float64)
-    video = _background(scene, times, height, width).astype(np.float32)
+    video = background(scene, times, height, width).astype(np.float32)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     for track in tracks(scene, times, height, width):
         dx = x[None] - track.x.astype(np.float32)[:, None, None]
@@ -289,7 +289,7 @@ def draw(
         if track.angle.any():
             cos, sin = (f(track.angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
             dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
-        distance = _shape_distance(track.shape, dx, dy, track.radius.astype(np.float32)[:, None, None])
+        distance = shape_distance(track.shape, dx, dy, track.radius.astype(np.float32)[:, None, None])
         alpha = np.clip(0.5 - distance, 0, 1)[..., None]
         video = video * (1 - alpha) + np.array(COLORS[track.color], np.float32) * alpha
     return np.clip(video + 0.5, 0, 255).astype(np.uint8)

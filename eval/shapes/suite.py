@@ -1,0 +1,97 @@
+"""The shape suite: fixed prompts and seeds, scores per dimension, their mean and its bootstrap interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .grade import DIMENSIONS, PASS, grade
+
+#: ``(prompt, seed) -> video``, uint8 (T, H, W, 3).
+Renderer = Callable[[str, int], np.ndarray]
+
+
+def prompts(name: str = "shapes-120") -> list[str]:
+    """A bundled prompt list: ``mini-12`` (quick look at colour and motion), ``shapes-120`` (the suite) or a text
+    file."""
+    folder = resources.files("dit_accel.assets") / "prompts"
+    source: Any = folder / f"{name}.txt"
+    if not source.is_file():
+        source = Path(name)
+    if not source.is_file():
+        known = sorted(p.name.removesuffix(".txt") for p in folder.iterdir() if p.name.endswith(".txt"))
+        raise FileNotFoundError(
+            f"no prompt list {name!r}; bundled are {', '.join(known)}, or give the path of a text file"
+        )
+    return [line.strip() for line in source.read_text().splitlines() if line.strip()]
+
+
+def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of the mean of ``values`` at ``level``."""
+    data = np.asarray(values, float)
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
+    low, high = np.percentile(means, [50 * (1 - level), 100 - 50 * (1 - level)])
+    return float(low), float(high)
+
+
+def summarize(rows: Sequence[dict[str, Any]], dimensions: Sequence[str] = DIMENSIONS) -> dict[str, Any]:
+    """Means, 95 % intervals and pass rates per dimension over graded ``rows``, and the mean over dimensions."""
+    result: dict[str, Any] = {"dimensions": {}, "videos": len(rows)}
+    for name in dimensions:
+        values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+        if values:
+            low, high = bootstrap(values)
+            result["dimensions"][name] = {
+                "mean": float(np.mean(values)),
+                "low": low,
+                "high": high,
+                "passed": float(np.mean(np.array(values) >= PASS)),
+                "videos": len(values),
+            }
+    per_video = [np.mean([v for v in row["scores"].values() if v is not None]) for row in rows]
+    result["mean"] = float(np.mean(per_video)) if rows else 0.0
+    result["low"], result["high"] = bootstrap(per_video) if rows else (0.0, 0.0)
+    both = [row for row in rows if {"color", "motion"} <= row["scores"].keys()]
+    result["color_and_motion"] = sum(min(row["scores"]["color"], row["scores"]["motion"]) >= PASS for row in both)
+    return result
+
+
+def run(
+    render: Renderer,
+    texts: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    dimensions: Sequence[str] = DIMENSIONS,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Renders and grades every prompt with every seed; with ``out`` writes the rows as they come, and continues from
+    them."""
+    rows: list[dict[str, Any]] = []
+    if out is not None and out.is_file():
+        rows = json.loads(out.read_text())["rows"]
+    done = {(row["prompt"], row["seed"]) for row in rows}
+    for seed in seeds:
+        for text in texts:
+            if (text, seed) in done:
+                continue
+            scores = grade(render(text, seed), text, tuple(dimensions))
+            rows.append({"prompt": text, "seed": seed, "scores": scores})
+            if out is not None:
+                out.write_text(json.dumps({"rows": rows, "summary": summarize(rows, dimensions)}, indent=1) + "\n")
+    return {"rows": rows, "summary": summarize(rows, dimensions)}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """``summary`` as a Markdown table."""
+    lines = ["| dimension | mean | 95 % interval | passed | videos |", "|---|---|---|---|---|"]
+    for name, row in summary["dimensions"].items():
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        lines.append(f"| {name} | {row['mean']:.3f} | {interval} | {row['passed']:.0%} | {row['videos']} |")
+    interval = f"{summary['low']:.3f} to {summary['high']:.3f}"
+    lines.append(f"| mean | {summary['mean']:.3f} | {interval} | | {summary['videos']} |")
+    return "\n".join(lines)
