@@ -39,7 +39,8 @@ def classify_motion(seen: Observation) -> str | None:
     moved = np.median(path[-edge:], 0) - np.median(path[:edge], 0)
     if _orbits(path, scale):
         return "circling"
-    if np.hypot(*moved) > 6 * scale:
+    # The centre of a turning triangle's mask swings by up to 8 pixels; the shortest drawn translation is 11.
+    if np.hypot(*moved) > 9 * scale:
         # A path that wanders off and comes back is no translation, however far its ends lie apart.
         length = np.abs(np.diff(_smooth(path), axis=0)).sum(0)
         straight = np.hypot(*moved) / max(np.hypot(*length), 1e-6)
@@ -200,10 +201,11 @@ def _flicker(scene: Scene, seen: Observation) -> float:
 
 
 def _smoothness(scene: Scene, seen: Observation) -> float:
-    """Share of frames in which the objects' centre keeps its velocity within 1.5 pixels."""
-    path = seen.center()
+    """Share of frames that show the expected colours and in which their centre keeps its velocity within 1.5 pixels."""
+    path, wanted = seen.center(), set(_expected_colors(scene))
     bend = np.hypot(*(path[2:] - 2 * path[1:-1] + path[:-2]).T)
-    return float(np.mean(np.nan_to_num(bend, nan=1e9) < 1.5))
+    shown = np.array([wanted <= {b.color for b in blobs} for blobs in seen.blobs[1:-1]])
+    return float(np.mean((np.nan_to_num(bend, nan=1e9) < 1.5) & shown))
 
 
 _GRADERS = {

@@ -1,4 +1,4 @@
-"""Attention for training on CPUs: the stock arithmetic, with the attention itself in float32 under bfloat16 autocast.
+"""Attention for training: the stock arithmetic; on CPUs the attention itself stays in float32 under bfloat16 autocast.
 
 Torch's CPU attention is about twice as slow in bfloat16 as in float32, backward above all, while matrix products are
 twice as fast; mixing them is the quickest. Weights and results are those of the stock processor up to rounding.
@@ -25,17 +25,18 @@ class TrainingAttention:
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Self-attention over ``hidden_states`` (B, N, C), or cross-attention to ``encoder_hidden_states`` (B, L,
-        C)."""
+        """Self-attention over ``hidden_states`` (B, N, C), or cross-attention to (B, L, C)."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        out_dtype = None if value.device.type == "cpu" else value.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             query, key = attn.norm_q(query.float()), attn.norm_k(key.float())
             query, key, value = (x.float().unflatten(2, (attn.heads, -1)) for x in (query, key, value))
             if rotary_emb is not None:
                 cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
                 query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            dtype = torch.float32 if out_dtype is None else out_dtype
+            query, key, value = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
             out = out.transpose(1, 2).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](out))

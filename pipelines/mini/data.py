@@ -4,7 +4,11 @@ them."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,9 @@ from .captions import caption
 from .loop import save_atomic
 from .model import choose_frames
 from .vae import to_tensor
-from .world import FRAMES, Scene, draw, random_scene
+from .world import Scene, draw, random_scene
 
+#: Videos per shard file.
 SHARD = 64
 
 
@@ -32,30 +37,42 @@ def shard_scenes(seed: int, index: int, count: int = SHARD) -> list[Scene]:
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderKLWan, scenes: list[Scene], batch: int = 8) -> torch.Tensor:
-    """Normalised latents, float16 (N, C, T', H/8, W/8), of the full clips of ``scenes``."""
+def encode_shard(vae: AutoencoderKLWan, scenes: list[Scene], mapper: Callable = map, batch: int = 8) -> torch.Tensor:
+    """Normalised latents, float16 (N, C, T', H/8, W/8), of the full clips of ``scenes``; ``mapper`` draws them."""
     device = next(vae.parameters()).device
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     result = []
+    clips = list(mapper(draw, scenes))
     for start in range(0, len(scenes), batch):
-        clips = np.stack([draw(scene, FRAMES) for scene in scenes[start : start + batch]])
-        z = vae.encode(to_tensor(clips).to(device)).latent_dist.mode().float().cpu()
+        z = vae.encode(to_tensor(np.stack(clips[start : start + batch])).to(device)).latent_dist.mode().float().cpu()
         result.append(((z - mean) / std).half())
     return torch.cat(result)
 
 
-def encode_shards(vae: AutoencoderKLWan, folder: Path, shards: int, seed: int, deadline: float | None = None) -> bool:
-    """Writes the missing shards in order; returns whether all exist. ``deadline`` is in ``time.monotonic`` seconds."""
+def encode_shards(
+    vae: AutoencoderKLWan,
+    folder: Path,
+    shards: int,
+    seed: int,
+    deadline: float | None = None,
+    size: int = SHARD,
+    workers: int = 0,
+) -> bool:
+    """Writes the missing shards in order; returns whether all exist. ``deadline`` is in ``time.monotonic`` seconds,
+    ``workers`` processes draw (0: this one)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(shards):
-        path = shard_path(folder, index)
-        if path.exists():
-            continue
-        if deadline is not None and time.monotonic() > deadline:
-            return False
-        scenes = shard_scenes(seed, index)
-        save_atomic({"latents": encode_shard(vae, scenes), "scenes": [asdict(s) for s in scenes]}, path)
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else nullcontext()
+    with pool as executor:
+        for index in range(shards):
+            path = shard_path(folder, index)
+            if path.exists():
+                continue
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            scenes = shard_scenes(seed, index, size)
+            latents = encode_shard(vae, scenes, executor.map if executor else map)
+            save_atomic({"latents": latents, "scenes": [asdict(s) for s in scenes]}, path)
     return True
 
 
@@ -92,11 +109,12 @@ class Latents:
         self._ensure(count)
         total = self._loaded[0][0].shape[2]
         chosen = choose_frames(batch, total, frames, generator)
-        picks = torch.randint(count * SHARD, (batch,), generator=generator)
+        size = len(self._loaded[0][1])
+        picks = torch.randint(count * size, (batch,), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         clips, texts = [], []
         for pick, index in zip(picks.tolist(), chosen, strict=True):
-            latents, scenes = self._loaded[pick // SHARD]
-            clips.append(latents[pick % SHARD][:, index].float())
-            texts.append(caption(scenes[pick % SHARD], rng))
+            latents, scenes = self._loaded[pick // size]
+            clips.append(latents[pick % size][:, index].float())
+            texts.append(caption(scenes[pick % size], rng))
         return torch.stack(clips), chosen, texts

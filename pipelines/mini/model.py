@@ -86,8 +86,7 @@ class Denoiser(torch.nn.Module):
         rope = ChosenFramesRope(config.attention_head_dim, tuple(config.patch_size), config.rope_max_seq_len)
         # Registered buffers are not persistent, so exported weights are the stock model's.
         transformer.rope = rope.to(transformer.device)
-        if transformer.device.type == "cpu":
-            transformer.set_attn_processor(TrainingAttention())
+        transformer.set_attn_processor(TrainingAttention())
 
     @contextmanager
     def stock(self):

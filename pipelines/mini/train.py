@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from . import export, sheets
-from .data import Latents, encode_shards
+from .data import SHARD, Latents, encode_shards
 from .loop import Schedule, Stage
 from .model import Denoiser, build_transformer, denoising_loss
 from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
@@ -99,7 +99,11 @@ class Run:
 
     def encode(self, deadline: float | None) -> bool:
         """Draws and encodes the training clips."""
-        return encode_shards(self.vae(), self.out / "data", self.config["data"]["shards"], self.seed, deadline)
+        data = self.config["data"]
+        size = data.get("shard", SHARD)
+        return encode_shards(
+            self.vae(), self.out / "data", data["shards"], self.seed, deadline, size, data.get("workers", 0)
+        )
 
     def denoiser_stage(self) -> Stage:
         """The denoiser's training stage, at its last checkpoint."""
@@ -123,12 +127,14 @@ class Run:
             return denoising_loss(model, clean, ids, mask, frames, generator, part["shift"])
 
         def report(module: Denoiser, step: int) -> None:
+            sheets.loss_curve(self.out)
+            if part.get("samples", 4) == 0:
+                return
             parts = (tokenizer, module.text_encoder, module.transformer, self.vae())
             with module.stock():
                 pipeline = export.build_pipeline(*parts, part["shift"])
                 path = self.out / f"samples_{step:06d}.png"
                 sheets.sample_sheet(pipeline, path, sheets.PROMPTS[: part.get("samples", 4)])
-            sheets.loss_curve(self.out)
 
         return self._stage("denoiser", model, loss, part, report)
 
