@@ -1,0 +1,205 @@
+"""PARO's offline choices (arXiv 2506.16054, section 3.3): an axis order per head, a block map per timestep bin.
+
+The paper leaves the threshold rule open, and its printed order metric disagrees with itself (see :func:`costs`); what
+stands here for both is this library's own, stated in full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .base import check_density
+from .paro_statistics import LayerTally, OrderedBlocks, Statistics
+
+METRICS = ("mass", "paper")
+# Share of the mass whose blocks are counted, and the share of small entries that makes a block count as empty.
+MASS, EMPTY = 0.95, 0.9
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What calibration decided for one layer.
+
+    ``orders``: int8 (H,), axis order ids. ``maps``: bool (bins, H, nb, nb), kept blocks in plan order. ``density``:
+    kept share of all token pairs, per bin. ``recall``: share of the attention mass on kept blocks, per bin and head.
+    ``costs``: float64 (H, O), by which the orders were chosen.
+    """
+
+    orders: Tensor
+    maps: Tensor
+    density: tuple[float, ...]
+    recall: Tensor
+    costs: Tensor
+
+
+def calibrate(
+    statistics: Statistics,
+    *,
+    density: float,
+    metric: str = "mass",
+    alpha: float = 1.0,
+    maximize_sparse: bool = False,
+    orders: int | None = None,
+) -> dict[int, LayerPlan]:
+    """Choose orders and maps for every layer seen.
+
+    ``density``: kept fraction, reached per layer and bin by one threshold for its heads, so that heads that need more
+    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`. ``orders``: use this axis order for
+    all heads instead of choosing, 0 for PARO without reordering. Raises ``UsageError`` for values out of range.
+    """
+    check_density(density)
+    if not statistics.layers:
+        raise UsageError("the calibration saw no attention call; run the model with Observe(statistics.observe) first")
+    shape, found = statistics.shape, {}
+    for layer, tally in sorted(statistics.layers.items()):
+        price = costs(statistics, tally, metric=metric, alpha=alpha, maximize_sparse=maximize_sparse)
+        index = price.argmin(-1) if orders is None else torch.full_like(price[:, 0], _position(shape, orders)).long()
+        mass = tally.mass[:, torch.arange(len(index)), index]
+        per_bin = [threshold(mass[_seen(tally, b)], shape, density) for b in range(statistics.bins)]
+        found[layer] = LayerPlan(
+            orders=torch.tensor(shape.ids, dtype=torch.int8)[index],
+            maps=torch.stack(per_bin),
+            density=tuple(block_density(kept, shape) for kept in per_bin),
+            recall=torch.stack([_recall(mass[_seen(tally, b)], kept) for b, kept in enumerate(per_bin)]),
+            costs=price,
+        )
+    return found
+
+
+def costs(
+    statistics: Statistics,
+    tally: LayerTally,
+    *,
+    metric: str = "mass",
+    alpha: float = 1.0,
+    maximize_sparse: bool = False,
+) -> Tensor:
+    """float64 (H, O): what each candidate order costs each head, over all bins. The cheapest is chosen, of equal ones
+    the smallest id.
+
+    ``"mass"``: alpha N95 / sum N95 + (1 - alpha) M_quant / sum M_quant, the sums over the candidates. N95 is the
+    number of blocks that hold 95 % of the mass, M_quant the mean over blocks of maximum / mean. ``alpha`` is 1 unless
+    the weights are quantised, then 0.5 is proposed.
+
+    ``"paper"``: the printed formula, with M_sparse, the share of blocks of which 90 % of the entries lie below
+    epsilon, in the place of N95. The text minimises the sum although a larger M_sparse is the better;
+    ``maximize_sparse`` turns that sign. Either way M_sparse cannot see a diagonal one token wide.
+
+    Raises ``UsageError`` where the statistics were taken without ``detail`` and the cost needs it.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"metric {metric!r} is unknown; choose one of {', '.join(METRICS)}")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha weighs the two terms of the order's cost and lies in [0, 1]; got {alpha}")
+    if (alpha < 1 or metric == "paper") and tally.peak is None:
+        raise UsageError(
+            f"metric {metric!r} with alpha={alpha} needs block maxima and counts; take Statistics(detail=True)"
+        )
+    first = block_count(statistics, tally) if metric == "mass" else sparse_share(statistics, tally)
+    sign = -1 if metric == "paper" and maximize_sparse else 1
+    cost = sign * alpha * _normalised(first)
+    return cost if alpha == 1 else cost + (1 - alpha) * _normalised(peakedness(statistics, tally))
+
+
+def block_count(statistics: Statistics, tally: LayerTally) -> Tensor:
+    """N95: float64 (H, O), blocks that hold 95 % of the mass, the mean over bins."""
+    mass = _free(statistics, tally.mass).double().sort(-1, descending=True).values
+    share = mass.cumsum(-1) / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    # Equal blocks add up to 0.95 exactly in theory; the slack keeps rounding from asking for one more.
+    count = (share < MASS - 1e-9).sum(-1) + 1
+    return _over_bins(count.double(), tally)
+
+
+def sparse_share(statistics: Statistics, tally: LayerTally) -> Tensor:
+    """M_sparse: float64 (H, O), share of blocks of which at least 90 % of the entries are small."""
+    entries = statistics.entries * tally.calls.clamp_min(1)[:, None, None, None, None]
+    share = _free(statistics, tally.small / entries.clamp_min(1))
+    return _over_bins((share >= EMPTY - 1e-6).double().mean(-1), tally)
+
+
+def peakedness(statistics: Statistics, tally: LayerTally) -> Tensor:
+    """M_quant: float64 (H, O), mean over blocks of maximum / mean; 1 for a block of zeros."""
+    mean = tally.mass / statistics.entries.clamp_min(1)
+    ratio = torch.where(mean > 0, tally.peak / mean, torch.ones(()))
+    return _over_bins(_free(statistics, ratio).double().mean(-1), tally)
+
+
+def threshold(mass: Tensor, shape: OrderedBlocks, density: float) -> Tensor:
+    """bool (H, nb, nb): the blocks that calibration keeps at ``density``, for block masses (H, nb, nb) of one bin.
+
+    Every head keeps its smallest set of blocks with a share tau of its mass, tau solved for the mean density over
+    heads. Kept in any case, and part of the density: rows and columns with tokens outside the video, the last ones
+    where they are not full, and a row's diagonal block where the row has no other. Where those alone exceed
+    ``density`` they are what is kept.
+    """
+    heads, nb = mass.shape[:2]
+    forced = forced_blocks(shape).expand(heads, nb, nb)
+    free = mass.double().masked_fill(forced, 0).flatten(1)
+    ranked, rank = free.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    before = before / ranked.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+    def kept(tau: float) -> Tensor:
+        chosen = torch.zeros_like(free, dtype=torch.bool).scatter_(1, rank, (before < tau) & (ranked > 0))
+        chosen = chosen.view(heads, nb, nb) | forced
+        empty = ~chosen.any(-1)
+        return chosen | (empty[..., None] & torch.eye(nb, dtype=torch.bool, device=mass.device))
+
+    low, high = 0.0, 1.0 + 1e-9
+    if block_density(kept(high), shape) <= density:
+        return kept(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if block_density(kept(middle), shape) <= density:
+            low = middle
+        else:
+            high = middle
+    return kept(low)
+
+
+def forced_blocks(shape: OrderedBlocks) -> Tensor:
+    """bool (nb, nb): blocks that every map keeps."""
+    keep = ~shape.free
+    if int(shape.blocks.sizes[-1]) < shape.block_size:
+        keep[-1] = keep[:, -1] = True
+    return keep
+
+
+def block_density(kept: Tensor, shape: OrderedBlocks) -> float:
+    """Share of all token pairs in the kept blocks (H, nb, nb), the mean over heads."""
+    sizes = shape.blocks.sizes.double().to(kept.device)
+    return float((kept.double() @ sizes @ sizes).mean() / sizes.sum() ** 2)
+
+
+def _recall(mass: Tensor, kept: Tensor) -> Tensor:
+    return (mass * kept).sum((1, 2)) / mass.sum((1, 2))
+
+
+def _seen(tally: LayerTally, where: int) -> int:
+    """``where``, or the nearest bin that saw a call: a run of fewer steps than bins leaves some out."""
+    return min(torch.nonzero(tally.calls).flatten().tolist(), key=lambda b: abs(b - where))
+
+
+def _position(shape: OrderedBlocks, order: int) -> int:
+    if order not in shape.ids:
+        known = ", ".join(map(str, shape.ids))
+        raise UsageError(f"axis order {order} is not a candidate on {shape.layout}; allowed: {known}")
+    return shape.ids.index(order)
+
+
+def _free(statistics: Statistics, values: Tensor) -> Tensor:
+    """(bins, H, O, blocks): the blocks of video tokens alone."""
+    return values[..., statistics.shape.free]
+
+
+def _over_bins(values: Tensor, tally: LayerTally) -> Tensor:
+    """(H, O): the mean over the bins that saw a call."""
+    return values[tally.calls > 0].mean(0)
+
+
+def _normalised(values: Tensor) -> Tensor:
+    return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,0 +1,181 @@
+"""PARO's choices: the synthetic table of known heads, the printed metric, thresholds that meet the density."""
+
+import pytest
+import torch
+
+from dit_accel.errors import UsageError
+from dit_accel.layout import Layout
+from dit_accel.methods import Call
+from dit_accel.methods.paro_calibration import (
+    block_count,
+    block_density,
+    calibrate,
+    costs,
+    forced_blocks,
+    peakedness,
+    sparse_share,
+    threshold,
+)
+from dit_accel.methods.paro_statistics import BlockSums, LayerTally, OrderedBlocks, Statistics
+from dit_accel.step import Step
+
+GRID = (8, 16, 16)
+
+
+def known_heads():
+    """Three uniform attention patterns on 8x16x16, (3, N, N): same position in all frames, same frame, column +-1."""
+    tokens = torch.arange(2048)
+    f, h, w = tokens // 256, tokens // 16 % 16, tokens % 16
+    same = (h[:, None] == h) & (w[:, None] == w)
+    frame = f[:, None] == f
+    column = (w[:, None] - w).abs() <= 1
+    masks = torch.stack([same, frame, column]).float()
+    return masks / masks.sum(-1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def table():
+    statistics = Statistics(bins=1, block_size=64, detail=True)
+    statistics.shape = OrderedBlocks.of(Layout(GRID), 64)
+    sums = BlockSums(statistics.shape, 3, torch.device("cpu"), detail=True, epsilon=1e-3)
+    weights = known_heads()
+    for rows in torch.arange(2048).split(512):
+        sums.add(weights[:, rows].mT.contiguous(), rows)
+    statistics.layers[0] = LayerTally(sums.mass[None], sums.peak[None], sums.small[None], torch.tensor([1]))
+    return statistics
+
+
+def test_p4_blocks_of_95_percent_mass(table):
+    assert block_count(table, table.layers[0]).int().tolist() == [
+        [244, 244, 31, 61, 31, 61],
+        [122, 122, 973, 487, 973, 487],
+        [973, 487, 508, 973, 175, 175],
+    ]
+
+
+def test_p4_orders_chosen(table):
+    assert costs(table, table.layers[0]).argmin(-1).tolist() == [2, 0, 4]
+    assert costs(table, table.layers[0], alpha=0.5).argmin(-1).tolist() == [2, 0, 4]
+
+
+def test_p4_printed_terms(table):
+    share, peaks = sparse_share(table, table.layers[0]), peakedness(table, table.layers[0])
+    assert share[0].tolist() == [1, 1, 0.96875, 1, 0.96875, 1]
+    assert share[1].tolist() == [0.875, 0.875, 0, 0.5, 0, 0.5]
+    torch.testing.assert_close(share[2], torch.tensor([0, 0.75, 0.5, 0, 0.8203125, 0.8203125], dtype=torch.float64))
+    assert peaks[0].tolist() == [16.75, 16.75, 1.21875, 1.9375, 1.21875, 1.9375]
+    assert peaks[1].tolist() == [1, 1, 8, 2.5, 8, 2.5]
+    assert peaks[2, 4].item() == pytest.approx(1)
+    torch.testing.assert_close(peaks[2, :4], torch.tensor([8, 6.85, 34.1, 8]).double(), atol=0.06, rtol=0)
+
+
+def test_the_printed_metric_by_name_and_its_sign(table):
+    plain = costs(table, table.layers[0], metric="paper").argmin(-1).tolist()
+    turned = costs(table, table.layers[0], metric="paper", maximize_sparse=True).argmin(-1).tolist()
+    assert plain == [2, 2, 0]
+    assert turned == [0, 0, 4]
+
+
+def test_p5_peakedness_of_a_row():
+    """Psi of [8, 1, 1, 1] is 2.909, of a constant block 1, and of an empty one 1 by definition."""
+    layout = Layout((1, 1, 4))
+    for row, psi in (([8.0, 1, 1, 1], 8 / 2.75), ([2.0, 2, 2, 2], 1), ([0.0, 0, 0, 0], 1)):
+        statistics = Statistics(bins=1, block_size=4, detail=True)
+        statistics.shape = OrderedBlocks.of(layout, 4)
+        sums = BlockSums(statistics.shape, 1, torch.device("cpu"), detail=True, epsilon=1e-3)
+        sums.add(torch.tensor(row)[None, :, None].repeat(1, 1, 4), torch.arange(4))
+        tally = LayerTally(sums.mass[None], sums.peak[None], sums.small[None], torch.tensor([1]))
+        assert peakedness(statistics, tally).item() == pytest.approx(psi, rel=1e-6)
+
+
+def observed(layout, *, bins=2, block=8, heads=3, detail=False, seed=0, steps=4):
+    statistics = Statistics(bins=bins, block_size=block, detail=detail)
+    g = torch.Generator().manual_seed(seed)
+    for index in range(steps):
+        q, k = torch.randn((2, 1, heads, layout.tokens, 8), generator=g) * 2
+        statistics.observe(q, k, None, Call(layout, step=Step(index, steps)))
+    return statistics
+
+
+@pytest.mark.parametrize("layout", [Layout((3, 4, 5)), Layout((4, 6, 8), text=5), Layout((1, 9, 16))], ids=str)
+@pytest.mark.parametrize("density", [0.6, 0.8])
+def test_density_is_met_from_below_to_within_a_block_of_each_head(layout, density):
+    plan = calibrate(observed(layout), density=density)[0]
+    step = 3 * 8 * 8 / (3 * layout.tokens**2)
+    for reached in plan.density:
+        assert density - step - 1e-9 <= reached <= density + 1e-9
+
+
+def test_forced_blocks_and_no_empty_row():
+    layout = Layout((3, 4, 5), text=6)  # text in blocks 7 and 8, 66 tokens: the last block is ragged
+    statistics = observed(layout)
+    forced = forced_blocks(statistics.shape)
+    assert forced[7:].all()
+    assert forced[:, 7:].all()
+    assert not forced[:7, :7].any()
+    maps = calibrate(statistics, density=0.01)[0].maps
+    assert maps[..., forced].all()
+    assert maps.any(-1).all()
+    ragged = OrderedBlocks.of(Layout((3, 4, 5)), 8)
+    assert int(forced_blocks(ragged).sum()) == 2 * 8 - 1
+    whole = OrderedBlocks.of(Layout((2, 4, 5)), 8)
+    assert not forced_blocks(whole).any()
+    lonely = threshold(torch.ones((1, 5, 5)), whole, 0.001)
+    assert torch.equal(lonely[0], torch.eye(5, dtype=torch.bool))
+
+
+def test_one_threshold_serves_the_heads_of_a_layer():
+    """Each head keeps its smallest set with the common share of the mass: none could drop a block, none lags."""
+    statistics = observed(Layout((4, 6, 8)), bins=1)
+    plan = calibrate(statistics, density=0.4, orders=0)[0]
+    mass = statistics.layers[0].mass[0, :, 0].double()
+    kept = plan.maps[0]
+    for head in range(3):
+        assert mass[head][kept[head]].min() >= mass[head][~kept[head]].max()
+    without_last = [(mass[h][kept[h]].sum() - mass[h][kept[h]].min()) / mass[h].sum() for h in range(3)]
+    assert max(without_last) <= min(plan.recall[0]) + 1e-6
+
+
+def test_density_one_keeps_everything_that_has_mass():
+    plan = calibrate(observed(Layout((3, 4, 5))), density=1.0)[0]
+    assert plan.maps.all()
+    assert plan.density == (1.0, 1.0)
+
+
+def test_reordering_is_not_worse_than_order_zero_on_its_own_criterion():
+    statistics = observed(Layout((4, 6, 8)), seed=3)
+    count = block_count(statistics, statistics.layers[0])
+    assert (count.min(-1).values <= count[:, 0]).all()
+
+
+def test_bins_that_saw_no_step_take_the_nearest_map():
+    plan = calibrate(observed(Layout((3, 4, 5)), bins=4, steps=2), density=0.6)[0]
+    assert torch.equal(plan.maps[1], plan.maps[0])
+    assert torch.equal(plan.maps[3], plan.maps[2])
+
+
+def test_block_density_counts_tokens_not_blocks():
+    shape = OrderedBlocks.of(Layout((1, 1, 10)), 8)
+    kept = torch.tensor([[[True, False], [False, False]]])
+    assert block_density(kept, shape) == pytest.approx(0.64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"metric": "best"}, "choose one of mass, paper"),
+        ({"alpha": 1.5}, r"lies in \[0, 1\]"),
+        ({"alpha": 0.5}, r"Statistics\(detail=True\)"),
+        ({"metric": "paper"}, r"Statistics\(detail=True\)"),
+        ({"density": 0}, "kept fraction"),
+        ({"orders": 7}, "not a candidate"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, match):
+    with pytest.raises(UsageError, match=match):
+        calibrate(observed(Layout((3, 4, 5)), steps=1), **{"density": 0.5, **settings})
+
+
+def test_a_calibration_that_saw_nothing_says_so():
+    with pytest.raises(UsageError, match="saw no attention call"):
+        calibrate(Statistics(), density=0.5)
