@@ -129,6 +129,8 @@ class Engine:
         if model is None:
             return
         before = self.forward
+        if before is not None and before.checked:
+            self._too_late(before)
         step = self.tracker.poll(timestep)
         layout = self._layout(model, read)
         if before is None or before.step.run != step.run:
@@ -166,6 +168,28 @@ class Engine:
                 "were not finite or the fault was transient"
             )
         return output
+
+    def _too_late(self, forward: Forward) -> None:
+        """The last forward could not be repeated, it was part of a larger graph: its fault is counted and told now."""
+        self.stats.flag_reads += 1
+        raised = self._flags.read()
+        if raised:
+            self._flags.clear()
+            self._blame(raised[0], forward.step)
+            self.warn(
+                "guard: that forward was compiled into a larger function and could not be repeated; compile the "
+                "transformer itself, or its blocks, for faults to be repaired"
+            )
+
+    def _blame(self, layer: int, step: Step) -> None:
+        """Name a faulty layer and keep it dense until the run ends."""
+        self._faulty.add(layer)
+        name = self.stats.layers[layer].name
+        self.stats.guard_events.append({"layer": layer, "name": name, "step": step.index})
+        self.warn(
+            f"guard: non-finite attention output at layer {layer} ({name}), step {step.index}; "
+            "the layer runs dense until the run ends"
+        )
 
     def attend(self, layer: int, call: ops.Primitive) -> Tensor:
         """The result of one attention call at ``layer``, sparse or stock."""
@@ -232,13 +256,7 @@ class Engine:
             return True
         if _finite(out) or not all(_finite(x) for x in inputs):
             return True
-        self._faulty.add(layer)
-        name, step = self.stats.layers[layer].name, forward.step
-        self.stats.guard_events.append({"layer": layer, "name": name, "step": step.index})
-        self.warn(
-            f"guard: non-finite attention output at layer {layer} ({name}), step {step.index}; "
-            "the layer runs dense until the run ends"
-        )
+        self._blame(layer, forward.step)
         return False
 
     def _dense_reason(self, layer: int, call: ops.Primitive) -> str | None:

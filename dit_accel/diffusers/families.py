@@ -121,7 +121,7 @@ def _ltx(config: Any, frames: int | None, height: int | None, width: int | None)
 
 
 def _flux(config: Any, image_ids: Any, text_ids: Any) -> Layout:
-    """Ids (N, 3) or (B, N, 3): a row (image, y, x) per token, images after the first are references; text comes first."""
+    """Ids (N, 3) or (B, N, 3): a row (image, y, x) per token; later images are references, text comes first."""
     ids = (image_ids[0] if image_ids.ndim == 3 else image_ids).cpu().long()
     sizes = torch.unique_consecutive(ids[:, 0], return_counts=True)[1]
     segments = [Segment("text", text_ids.shape[-2])] if text_ids.shape[-2] else []

@@ -10,6 +10,14 @@ from torch import nn
 
 from . import ops
 
+try:
+    from torch._dynamo.eval_frame import skip_code
+except ImportError:  # private to torch; without it compiled models work too, with a small graph per hook
+
+    def skip_code(code: Any) -> None:
+        pass
+
+
 if TYPE_CHECKING:
     from .engine import Engine
 
@@ -34,22 +42,30 @@ class Before(_Hook):
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         seat = self.seat
-        timestep = seat.argument(seat.timestep, args, kwargs)
-        read = tuple([seat.argument(name, args, kwargs) for name in seat.reads])
         if not torch.compiler.is_compiling():
-            seat.engine.begin(timestep, read)
+            seat.begin(args, kwargs)
             return None
+        timestep, read = seat.read(args, kwargs)
         timestep = ops.begin_forward(timestep, seat.handle, *ops.pack(read))
         return seat.replaced(timestep, args, kwargs)
 
 
 class After(_Hook):
-    """Forward hook: lets the guard look at the flags and repeat the forward."""
+    """Forward hook: lets the guard look at the flags and repeat the forward.
+
+    Inside a graph nothing can be repeated; the engine then finds the flags when the next forward begins.
+    """
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        return self.seat.engine.finish(lambda: model.forward(*args, **kwargs))
+        return self.seat.finish(model, args, kwargs)
+
+
+for _hook in (Before, After):
+    # A compiled module runs its hooks outside its graph. They stay plain Python there instead of becoming graphs of
+    # their own; a function that calls the model and is compiled as a whole still traces through them.
+    skip_code(_hook.__call__.__code__)
 
 
 class Seat:
@@ -65,6 +81,18 @@ class Seat:
             model.register_forward_pre_hook(Before(self), with_kwargs=True),
             model.register_forward_hook(After(self), with_kwargs=True),
         ]
+
+    @torch.compiler.disable
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.engine.begin(*self.read(args, kwargs))
+
+    @torch.compiler.disable
+    def finish(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return self.engine.finish(lambda: model.forward(*args, **kwargs))
+
+    def read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        """The timestep and what the family's layout wants."""
+        return self.argument(self.timestep, args, kwargs), tuple([self.argument(n, args, kwargs) for n in self.reads])
 
     def argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The value of forward's argument ``name``; None where the caller left it out."""

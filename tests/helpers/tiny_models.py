@@ -11,10 +11,11 @@ from dit_accel import Layout
 
 VIDEO = {"wan", "hunyuan-video", "cogvideox", "ltx"}
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx", "flux", "qwen-image")
-WAN = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, ffn_dim=32, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-)  # fmt: skip
+WAN = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+    "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+}  # fmt: skip
 
 
 def tiny_transformer(family, batch=2, seed=0):
@@ -116,7 +117,7 @@ _BUILDERS = {
 
 
 def tiny_pipeline(family="wan", two_transformers=False, seed=0):
-    """A whole pipeline on random weights; only Wan. ``two_transformers``: as Wan 2.2, the second from noise 0.5 down."""
+    """A whole pipeline on random weights; only Wan. ``two_transformers``: as Wan 2.2, the second below noise 0.75."""
     if family != "wan":
         raise ValueError(f"no tiny pipeline for {family!r}; there is one for 'wan'")
     torch.manual_seed(seed)
@@ -142,7 +143,7 @@ def tiny_tokenizer():
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    words = ["<pad>", "</s>", "<unk>", *["a", "red", "blue", "green", "ball", "cat", "dog", "runs", "falls", "on", "the", "grass", "sky", "fast", "slow"]]
+    words = "<pad> </s> <unk> a red blue green ball cat dog runs falls on the grass sky fast slow".split()  # noqa: SIM905
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
