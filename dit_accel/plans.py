@@ -114,6 +114,29 @@ class Plan:
                 mask = _unorder(mask, order, axis)
         return mask
 
+    def row(self, token: int, head: int = 0, batch: int = 0) -> Tensor:
+        """bool (Nk,), token order: the keys that one query attends exactly, ``token_mask()[batch, head, token]``.
+
+        Costs one row, at any size. Raises ``UsageError`` for a token outside the queries.
+        """
+        if not 0 <= token < self.q_blocks.n:
+            raise UsageError(f"token {token} is not a query of this plan; allowed 0..{self.q_blocks.n - 1}")
+        order, kv_order = (o[min(head, len(o) - 1)] if o is not None and o.ndim == 2 else o for o in self._orders())
+        slot = torch.tensor(token) if order is None else (order == token).nonzero()[0, 0]
+        block = int(torch.searchsorted(self.q_blocks.bounds, slot.cpu(), right=True)) - 1
+        owner = self.k_blocks.owner().to(self.device)
+
+        def listed(entry: BlockList) -> Tensor:
+            table = min(batch, entry.count.shape[0] - 1), min(head, entry.count.shape[1] - 1), block
+            blocks = torch.zeros(self.k_blocks.count, dtype=torch.bool, device=self.device)
+            return blocks.index_fill_(0, entry.index[table][: entry.count[table]].long(), True)[owner]
+
+        seen = listed(self.full)
+        if self.partial is not None:
+            keys = listed(self.partial).nonzero().flatten()
+            seen[keys] |= self.predicate.visible(slot.to(self.device), keys)
+        return seen if kv_order is None else torch.zeros_like(seen).index_put_((kv_order,), seen)
+
     def rep_mask(self) -> Tensor:
         """bool (1, 1, Nq, Nk): pairs seen through a representative. No method of this version has any."""
         return torch.zeros((1, 1, self.q_blocks.n, self.k_blocks.n), dtype=torch.bool, device=self.device)

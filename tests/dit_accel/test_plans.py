@@ -57,6 +57,22 @@ def plans(draw):
     return made, seen
 
 
+@settings(max_examples=30, deadline=None)
+@given(plans())
+def test_a_row_is_a_row_of_the_token_mask(case):
+    plan, seen = case
+    for token in range(0, plan.q_blocks.n, 7):
+        for head in range(seen.shape[1]):
+            assert torch.equal(plan.row(token, head), seen[0, head, token])
+
+
+def test_a_row_outside_the_queries_is_refused():
+    blocks = Blocks.uniform(6, 4)
+    plan = Plan(Layout(grid=(1, 2, 3)), blocks, blocks, BlockList.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool)))
+    with pytest.raises(UsageError, match=r"token 6 is not a query of this plan; allowed 0\.\.5"):
+        plan.row(6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(plans(), st.sampled_from([None, (4, 4), (8, 4), (5, 7), (64, 64)]))
 def test_lowering_to_any_tile_shows_exactly_the_plan(pair, tile):
