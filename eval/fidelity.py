@@ -129,9 +129,11 @@ def _unit(frame: np.ndarray, name: str) -> np.ndarray:
     if frame.dtype == np.uint8:
         return frame / 255.0
     frame = frame.astype(np.float64)
-    if not ((frame >= 0) & (frame <= 1)).all():
+    if np.isnan(frame).any():
+        raise UsageError(f"{name} holds NaN")
+    if frame.min() < 0 or frame.max() > 1:
         raise UsageError(
-            f"{name} is float and must lie in [0, 1]; it spans {np.nanmin(frame):.4g} to {np.nanmax(frame):.4g}"
-            + (" and holds NaN" if np.isnan(frame).any() else "")
+            f"{name} is float and must lie in [0, 1]; it spans {frame.min():.4g} to {frame.max():.4g}. "
+            "Divide by its range, or give uint8"
         )
     return frame

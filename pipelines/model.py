@@ -107,7 +107,8 @@ def _bundled() -> tuple[Path, dict[str, Any]]:
         folder = Path(mini.path())
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(folder)
-        return folder, dict(mini.defaults())
+        # Its frames are small, at most 120 tokens: blocks of 128 would leave a method little to skip.
+        return folder, {"methods": {"radial": {"block_size": 64}}, **mini.defaults()}
     except (ImportError, AttributeError, OSError) as error:
         raise UsageError(
             f"the bundled model is not installed ({type(error).__name__}: {error}); "

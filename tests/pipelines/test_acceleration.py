@@ -1,0 +1,116 @@
+import pytest
+from dit_accel.pipelines.acceleration import Acceleration, choose
+
+from dit_accel.errors import UnsupportedError, UsageError
+from dit_accel.layout import Layout
+from dit_accel.methods import Radial, RandomBlocks
+
+VIDEO = Layout(grid=(21, 30, 52))
+
+
+def decide(layout=VIDEO, frames=81, steps=50, is_video=True, defaults=None, **accel):
+    return choose(
+        Acceleration(**accel), layout=layout, frames=frames, steps=steps, is_video=is_video, defaults=defaults or {}
+    )
+
+
+def test_video_gets_radial_with_its_published_defaults():
+    choice = decide()
+    assert choice.processor.method == Radial()
+    assert choice.notes == ()
+    assert len(choice.processor.schedule.dense_steps(50)) == 13
+
+
+def test_the_density_is_that_of_the_plan():
+    choice = decide(layout=Layout(grid=(9, 6, 10)), parameters={"block_size": 32})
+    mask = choice.processor.method.plan(None, None, None, _call(Layout(grid=(9, 6, 10)))).token_mask()
+    assert choice.density == pytest.approx(mask.double().mean().item())
+
+
+def _call(layout):
+    from dit_accel.methods import Call
+
+    return Call(layout)
+
+
+@pytest.mark.parametrize(("is_video", "words"), [(True, "a single frame"), (False, "an image model")])
+def test_images_are_dense_until_a_method_serves_them_and_it_is_said(is_video, words):
+    choice = decide(layout=Layout(grid=(1, 30, 52)), frames=1, is_video=is_video)
+    assert choice.processor is None
+    assert words in choice.notes[0]
+    assert choice.name == "dense"
+
+
+def test_radial_on_an_image_is_refused_and_names_others():
+    with pytest.raises(UnsupportedError, match=r"needs more than one.*GNA"):
+        decide(layout=Layout(grid=(1, 30, 52)), frames=1, is_video=False, method="radial")
+    with pytest.raises(UnsupportedError, match="needs more than one"):
+        decide(layout=None, frames=1, is_video=False, method="radial")
+
+
+def test_dense_by_name():
+    assert decide(method="dense").processor is None
+    assert decide(method="Dense").notes == ()
+
+
+@pytest.mark.parametrize("accel", [{"density": 0.5}, {"dense_steps": 2}, {"dense_layers": 1}, {"parameters": {"a": 1}}])
+def test_settings_of_a_method_without_a_method(accel):
+    with pytest.raises(UsageError, match="--method dense has none"):
+        decide(method="dense", **accel)
+    with pytest.raises(UsageError, match="no default one for a single image"):
+        decide(frames=1, layout=Layout(grid=(1, 4, 4)), **accel)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan")])
+def test_density_outside_its_range(density):
+    with pytest.raises(UsageError, match=r"--density .* lies in \(0, 1\]"):
+        decide(density=density)
+
+
+def test_a_density_within_reach_is_solved_for():
+    choice = decide(density=0.5)
+    assert choice.density == pytest.approx(0.5, rel=0.2)
+    assert choice.notes == ()
+    assert choice.processor.method != Radial()
+
+
+def test_a_density_out_of_reach_is_told():
+    choice = decide(layout=Layout(grid=(3, 30, 52)), density=0.05)
+    assert "density 0.05 is out of reach of radial" in choice.notes[0]
+    assert f"{choice.density:.3f}" in choice.notes[0]
+
+
+def test_density_without_a_known_grid():
+    with pytest.raises(UnsupportedError, match="--density needs the token grid"):
+        decide(layout=None, density=0.3)
+
+
+def test_an_unknown_method_gets_a_suggestion():
+    with pytest.raises(UsageError, match="unknown method 'radail'; did you mean 'radial'"):
+        decide(method="radail")
+
+
+def test_parameters_reach_the_method_and_unknown_ones_are_refused():
+    assert decide(method="random-blocks", parameters={"seed": 3}).processor.method == RandomBlocks(seed=3)
+    with pytest.raises(UsageError, match="no parameter blok; allowed: decay, block_size"):
+        decide(parameters={"blok": 3})
+    with pytest.raises(UsageError, match="must be positive"):
+        decide(parameters={"decay": -1})
+
+
+def test_a_models_own_tuning_gives_way_to_the_users():
+    own = {"methods": {"radial": {"block_size": 64}}}
+    assert decide(defaults=own).processor.method == Radial(block_size=64)
+    assert decide(defaults=own, parameters={"block_size": 32}).processor.method == Radial(block_size=32)
+
+
+def test_dense_steps_and_layers():
+    schedule = decide(dense_steps=3, dense_layers=frozenset({0, 5})).processor.schedule
+    assert schedule.dense_steps(50) == [0, 1, 2]
+    assert schedule.layers == {0, 5}
+    with pytest.raises(UsageError, match="--dense-steps 51 is more than the 50 steps"):
+        decide(dense_steps=51)
+
+
+def test_a_schedule_that_leaves_nothing_sparse_is_told():
+    assert "all 4 steps run dense" in decide(steps=4, dense_steps=4).notes[0]

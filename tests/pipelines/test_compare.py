@@ -1,0 +1,120 @@
+import pytest
+from dit_accel.eval.compare import judge
+from dit_accel.eval.fidelity import psnr
+from dit_accel.pipelines.acceleration import Acceleration
+from dit_accel.pipelines.compare import compare
+from dit_accel.pipelines.job import Job, resolve
+from dit_accel.pipelines.load import load
+from dit_accel.pipelines.model import inspect_model
+from dit_accel.pipelines.prompts import Prompt
+from dit_accel.pipelines.render import plan_job, render
+
+from dit_accel.errors import UsageError
+
+ACCEL = Acceleration(
+    method="random-blocks", parameters={"block_size": 4, "density": 0.3}, backend="gather", dense_steps=1
+)
+
+
+def job(model, out, **settings):
+    base = {"model": str(model), "size": (32, 48), "frames": 9, "steps": 3, "accel": ACCEL, "compare": True}
+    return Job((Prompt("a red circle"),), out, **(base | settings))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_wan, tmp_path_factory):
+    info = inspect_model(str(tiny_wan))
+    (shot,) = resolve(job(tiny_wan, tmp_path_factory.mktemp("out")), info)
+    pipe = load(info, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    heard = []
+    result = compare(pipe, shot, repeats=3, tell=lambda event, data: heard.append((event, data["side"])))
+    return result, heard
+
+
+def test_both_sides_run_in_turn_after_a_warm_up_of_each(pair):
+    result, heard = pair
+    assert heard[:2] == [("warm-up", "dense"), ("warm-up", "accelerated")]
+    assert result.order == ["dense", "accelerated", "accelerated", "dense", "dense", "accelerated"]
+    assert (len(result.dense), len(result.fast)) == (3, 3)
+    assert set(result.warmup) == {"dense", "accelerated"}
+
+
+def test_only_one_side_is_sparse(pair):
+    result, _ = pair
+    assert {r.attention["sparse_calls"] for r in result.dense} == {0}
+    assert {r.attention["dense_calls"]["baseline"] for r in result.dense} == {18}
+    assert {r.attention["sparse_calls"] for r in result.fast} == {12}
+
+
+def test_frames_start_from_the_same_noise(tiny_wan, tmp_path):
+    """With every step dense both sides must agree bit for bit; with none they must not."""
+    info = inspect_model(str(tiny_wan))
+    pipe = load(info, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    values = []
+    for dense_steps in (2, 0):
+        accel = Acceleration(**{**vars(ACCEL), "dense_steps": dense_steps})
+        (shot,) = resolve(job(tiny_wan, tmp_path, accel=accel, steps=2), info)
+        result = compare(pipe, shot)
+        values.append(psnr(result.dense[0].frames, result.fast[0].frames))
+    assert values[0] == 100.0
+    assert values[1] < 100.0
+
+
+def test_the_verdict(pair):
+    result, _ = pair
+    verdict = judge(result)
+    dense, fast = verdict["seconds"]["dense"], verdict["seconds"]["accelerated"]
+    assert verdict["speedup"]["loop"] == pytest.approx(dense["loop"] / fast["loop"])
+    assert verdict["speedup"]["attention"] == pytest.approx(dense["attention"] / fast["attention"])
+    assert dense["loop"] == sorted(verdict["loop_runs"]["dense"])[1]
+    density = result.fast[-1].attention["density"]
+    assert verdict["effective_density"] == pytest.approx((1 + 2 * density) / 3)
+    share = verdict["attention_share"]
+    assert verdict["bound"] == pytest.approx(1 / (1 - share + share * verdict["effective_density"]))
+    assert 0 < verdict["fidelity"]["psnr"] <= 100
+    assert len(verdict["fidelity"]["psnr_frames"]) == 9
+
+
+def test_an_emulated_tier_states_no_speed_up(pair):
+    result, _ = pair
+    attention = result.fast[-1].attention
+    result.fast[-1].attention = {**attention, "tiers": {"reference": 8}}
+    try:
+        verdict = judge(result)
+    finally:
+        result.fast[-1].attention = attention
+    assert verdict["speedup"] is None
+    assert "reference ran, which emulates" in verdict["refused"]
+    assert verdict["fidelity"]["psnr"] > 0
+
+
+def test_a_run_without_a_sparse_call_states_no_speed_up(pair):
+    result, _ = pair
+    attention = result.fast[-1].attention
+    result.fast[-1].attention = {**attention, "tiers": {}}
+    try:
+        assert judge(result)["refused"] == "no call was accelerated"
+    finally:
+        result.fast[-1].attention = attention
+
+
+def test_the_job_writes_both_videos_and_the_verdict(tiny_wan, tmp_path):
+    import imageio.v3 as iio
+
+    plan = plan_job(job(tiny_wan, tmp_path / "out"))
+    render(plan, judge=judge, progress=False)
+    (outcome,) = plan.outcomes
+    assert outcome.status == "done", outcome.detail
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "0001-a-red-circle-s42-dense-vs-random-blocks.mp4", "0001-a-red-circle-s42.json", "0001-a-red-circle-s42.mp4",
+    ]  # fmt: skip
+    assert outcome.record["compare"]["bound"] >= 1
+    both = iio.imread(tmp_path / "out" / "0001-a-red-circle-s42-dense-vs-random-blocks.mp4")
+    assert both.shape == (9, 48, 64, 3)
+
+
+def test_comparing_dense_with_itself_is_refused(tiny_wan, tmp_path):
+    with pytest.raises(UsageError, match="nothing to compare"):
+        plan_job(job(tiny_wan, tmp_path, accel=Acceleration(method="dense")))
