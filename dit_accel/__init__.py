@@ -26,10 +26,14 @@ _NAMES = {
     "Plan": "plans",
     "Method": "methods",
     "Radial": "methods",
+    "GNA": "methods",
+    "Clear": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
     "RadialProcessor": "processors",
+    "GNAProcessor": "processors",
+    "ClearProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
     "set_attn_processor": "diffusers",
@@ -57,14 +61,21 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .functional import attend, plan
     from .diffusers import describe, reset_attn_processor, set_attn_processor
     from .errors import DitAccelError, UnsupportedError, UsageError
+    from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import AllBlocks, Method, Radial, RandomBlocks
+    from .methods import GNA, AllBlocks, Clear, Method, Radial, RandomBlocks
     from .plans import Plan
-    from .processors import AllBlocksProcessor, Processor, RadialProcessor, RandomBlocksProcessor
+    from .processors import (
+        AllBlocksProcessor,
+        ClearProcessor,
+        GNAProcessor,
+        Processor,
+        RadialProcessor,
+        RandomBlocksProcessor,
+    )
     from .schedule import Schedule
     from .state import State
     from .step import Step

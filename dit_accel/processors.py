@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import AllBlocks, Method, Radial, RandomBlocks
+from .methods import GNA, AllBlocks, Clear, Method, Radial, RandomBlocks
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -108,6 +108,21 @@ class RadialProcessor(_MethodProcessor):
     method_class = Radial
 
 
+class GNAProcessor(_MethodProcessor):
+    """Generalized Neighborhood Attention: windows that groups of queries share. Images and video.
+
+    For a preset or another constructor pass the method itself: ``Processor(GNA.preset("flux-4k"))``.
+    """
+
+    method_class = GNA
+
+
+class ClearProcessor(_MethodProcessor):
+    """CLEAR: a disc of image tokens and the text. Experimental without distilled weights."""
+
+    method_class = Clear
+
+
 class AllBlocksProcessor(_MethodProcessor):
     """Everything through the sparse kernel; for tests."""
 
@@ -121,5 +136,6 @@ class RandomBlocksProcessor(_MethodProcessor):
 
 
 PROCESSORS: dict[str, type[_MethodProcessor]] = {
-    cls.method_class.name: cls for cls in (RadialProcessor, AllBlocksProcessor, RandomBlocksProcessor)
+    cls.method_class.name: cls
+    for cls in (RadialProcessor, GNAProcessor, ClearProcessor, AllBlocksProcessor, RandomBlocksProcessor)
 }

@@ -1,7 +1,9 @@
 """Sparse attention methods, one file each."""
 
 from .base import REGISTRY, Call, Method, find
+from .clear import Clear
+from .gna import GNA
 from .radial import Radial
 from .testing import AllBlocks, RandomBlocks
 
-__all__ = ["REGISTRY", "AllBlocks", "Call", "Method", "Radial", "RandomBlocks", "find"]
+__all__ = ["GNA", "REGISTRY", "AllBlocks", "Call", "Clear", "Method", "Radial", "RandomBlocks", "find"]
