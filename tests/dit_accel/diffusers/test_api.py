@@ -1,0 +1,192 @@
+"""Set, reset, replace, describe; what copies of an accelerated model are."""
+
+import copy
+import gc
+import json
+import pickle
+import weakref
+
+import pytest
+import torch
+from diffusers import ModularPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
+
+import dit_accel
+from dit_accel import AllBlocksProcessor, RandomBlocksProcessor, Schedule, UnsupportedError, UsageError
+from dit_accel.diffusers import describe, engines, install
+
+SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return tiny_run(tiny_pipeline())
+
+
+def test_a_pipeline_set_and_reset(stock):
+    pipe = tiny_pipeline()
+    assert torch.equal(tiny_run(pipe), stock), "the noise floor of a rebuilt pipeline is zero"
+    before = dict(pipe.transformer.attn_processors)
+    pipe.set_attn_processor(RandomBlocksProcessor(density=0.2, **SPARSE))
+    sparse = tiny_run(pipe)
+    assert (sparse - stock).abs().max() > 1e-4
+    assert engines(pipe)[0].stats.sparse == 24
+    pipe.reset_attn_processor()
+    assert engines(pipe) == []
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in before.items())
+    assert torch.equal(tiny_run(pipe), stock)
+
+
+def test_both_transformers_of_a_pipeline():
+    pipe = tiny_pipeline(two_transformers=True)
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    assert [engine.model for engine in engines(pipe)] == [pipe.transformer, pipe.transformer_2]
+    pipe.reset_attn_processor()
+    assert engines(pipe) == []
+
+
+def test_the_second_call_replaces_the_first(stock):
+    pipe = tiny_pipeline()
+    before = dict(pipe.transformer.attn_processors)
+    pipe.set_attn_processor(RandomBlocksProcessor(density=0.2, **SPARSE))
+    pipe.transformer.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    (engine,) = engines(pipe)
+    assert engine.processor.method.name == "all-blocks"
+    assert (tiny_run(pipe) - stock).abs().max() < 1e-4
+    assert len(pipe.transformer._forward_pre_hooks) == 1
+    pipe.reset_attn_processor()
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_two_pipelines_keep_their_own_settings():
+    first, second = tiny_pipeline(), tiny_pipeline()
+    alone = []
+    for pipe, seed in ((first, 1), (second, 2)):
+        pipe.set_attn_processor(RandomBlocksProcessor(seed=seed, density=0.2, **SPARSE))
+        alone.append(tiny_run(pipe, num_frames=9 if seed == 1 else 13))
+    assert torch.equal(tiny_run(first, num_frames=9), alone[0])
+    assert torch.equal(tiny_run(second, num_frames=13), alone[1])
+    first.reset_attn_processor()
+    assert torch.equal(tiny_run(second, num_frames=13), alone[1])
+
+
+@pytest.mark.parametrize("how", ["default", "stock", "dict"])
+def test_a_stock_processor_removes_every_trace(how, stock):
+    pipe = tiny_pipeline()
+    model = pipe.transformer
+    before = dict(model.attn_processors)
+    pipe.set_attn_processor(RandomBlocksProcessor(**SPARSE))
+    model.set_attn_processor({"default": "default", "stock": WanAttnProcessor(), "dict": dict(before)}[how])
+    assert engines(pipe) == []
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert {type(processor) for processor in model.attn_processors.values()} == {WanAttnProcessor}
+    assert torch.equal(tiny_run(pipe), stock)
+
+
+def test_a_pipeline_passes_stock_processors_on():
+    pipe = tiny_pipeline()
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    mine = WanAttnProcessor()
+    pipe.set_attn_processor(mine)
+    assert set(pipe.transformer.attn_processors.values()) == {mine}
+
+
+def test_a_bare_call_names_the_right_one():
+    model, call, _ = tiny_transformer("wan")
+    model.blocks[0].attn1.set_processor(AllBlocksProcessor())
+    with pytest.raises(TypeError, match=r"pipe\.set_attn_processor"):
+        model(**call)
+
+
+def test_targets_that_cannot_be_accelerated():
+    with pytest.raises(UsageError, match="expected a diffusers pipeline or a transformer; got int"):
+        dit_accel.set_attn_processor(3, AllBlocksProcessor())
+    pipe = tiny_pipeline()
+    with pytest.raises(UnsupportedError, match="AutoencoderKLWan is not a known transformer"):
+        pipe.vae.set_attn_processor(AllBlocksProcessor())
+    with pytest.raises(UnsupportedError, match="no set_attn_processor"):
+        pipe.vae.set_attn_processor(WanAttnProcessor())
+
+
+def test_a_failed_call_changes_nothing():
+    pipe = tiny_pipeline(two_transformers=True)
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    running = engines(pipe)
+    pipe.transformer_2.__class__ = type("Unknown", (torch.nn.Module,), {})
+    with pytest.raises(UnsupportedError, match="Unknown is not a known transformer"):
+        pipe.set_attn_processor(RandomBlocksProcessor(**SPARSE))
+    assert engines(pipe)[0] is running[0]
+
+
+def test_modular_pipelines_have_the_methods_too():
+    assert ModularPipeline.set_attn_processor is dit_accel.set_attn_processor
+    assert ModularPipeline.reset_attn_processor is dit_accel.reset_attn_processor
+
+
+def test_install_is_idempotent():
+    method = WanTransformer3DModel.set_attn_processor
+    context = WanTransformer3DModel.cache_context
+    install()
+    assert WanTransformer3DModel.set_attn_processor is method
+    assert WanTransformer3DModel.cache_context is context
+
+
+def test_describe_tells_layer_by_layer():
+    pipe = tiny_pipeline()
+    assert str(describe(pipe)) == "stock attention: no processor of dit_accel is set"
+    pipe.set_attn_processor(RandomBlocksProcessor(backend="gather", block_size=16, schedule=Schedule(layers=1)))
+    assert describe(pipe).to_dict()["models"][0]["layers"][0]["last"] is None
+    tiny_run(pipe)
+    text, (model,) = str(describe(pipe)), describe(pipe).to_dict()["models"]
+    assert json.loads(json.dumps(model)) == model
+    first, second = model["layers"][:2]
+    assert (first["name"], first["kind"], first["sparse"], first["dense"], first["last"]) == (
+        "blocks.0.attn1", "self", 0, {"schedule": 8}, "schedule",
+    )  # fmt: skip
+    assert (second["method"], second["tier"], second["tier_reason"], second["last"]) == (
+        "random-blocks", "gather", "asked for", "sparse",
+    )  # fmt: skip
+    assert (second["sparse"], second["dense"], second["fallback"]) == (6, {"schedule": 2}, 0)
+    assert 0 < second["density"] < 1
+    for part in ("WanTransformer3DModel (family wan): random-blocks", "layout main 3x2x3", "blocks.1.attn1", "gather"):
+        assert part in text
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.no_grad()
+def test_copies_come_back_stock(duplicate):
+    model, call, _ = tiny_transformer("wan")
+    expected = model(**call).sample
+    model.set_attn_processor(RandomBlocksProcessor(density=0.2, **SPARSE))
+    sparse = model(**call).sample
+    twin = duplicate(model)
+    assert engines(twin) == []
+    assert {type(processor) for processor in twin.attn_processors.values()} == {WanAttnProcessor}
+    assert torch.equal(twin(**call).sample, expected)
+    assert torch.equal(model(**call).sample, sparse), "the original keeps running"
+    twin.set_attn_processor(RandomBlocksProcessor(density=0.2, **SPARSE))
+    assert torch.equal(twin(**call).sample, sparse)
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_stock(tmp_path):
+    model, call, _ = tiny_transformer("wan")
+    expected = model(**call).sample
+    model.set_attn_processor(RandomBlocksProcessor(density=0.2, **SPARSE))
+    model.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path).eval()
+    assert engines(loaded) == []
+    assert torch.allclose(loaded(**call).sample, expected, atol=1e-5)
+
+
+def test_an_engine_dies_with_its_model():
+    model, call, _ = tiny_transformer("wan")
+    model.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    with torch.no_grad():
+        model(**call)
+    engine = weakref.ref(engines(model)[0])
+    del model
+    gc.collect()
+    assert engine() is None
