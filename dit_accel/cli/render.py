@@ -62,12 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..pipelines.render import plan_job
     from .console import Console, emit
     from .render_report import end_of_job, planned, show
 
     console = Console(json=args.json, quiet=args.quiet)
     job = _job(args)
+    from ..pipelines.render import plan_job, render
+
     _calm_libraries(console)
     plan = plan_job(job, dry=args.dry_run)
     planned(console, plan, dry=args.dry_run)
@@ -75,17 +76,15 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             emit("render", {"ok": True, "dry_run": True, "videos": [o.to_dict() for o in plan.outcomes]})
         return 0
-    from ..pipelines.render import render
-
-    code = None
+    interrupted = False
     try:
         render(plan, judge=_judge(job), listen=show(console), progress=console.progress)
     except KeyboardInterrupt:
-        code = 130
-    code = end_of_job(console, plan, interrupted=code == 130)
+        interrupted = True
+    code = end_of_job(console, plan, interrupted=interrupted)
     if args.json:
         videos = [o.to_dict() for o in plan.outcomes]
-        emit("render", {"ok": code == 0, "interrupted": code == 130, "videos": videos})
+        emit("render", {"ok": code == 0, "interrupted": interrupted, "videos": videos})
     return code
 
 
