@@ -21,7 +21,7 @@ class BlockList:
 
     @classmethod
     def from_mask(cls, mask: Tensor, width: int | None = None) -> BlockList:
-        """From a bool mask (B1, H1, nq, nk). ``width`` fixes W; without it W is the largest count (a host sync on GPU)."""
+        """From a bool mask (B1, H1, nq, nk). ``width`` fixes W; None takes the largest count (a host sync on GPU)."""
         count = mask.sum(-1, dtype=torch.int32)
         if width is None:
             width = max(int(count.max()), 1)

@@ -17,8 +17,8 @@ class TilePlan:
 
     ``tile_q``, ``tile_k``: tile sizes; the last tile of either axis may be ragged and needs no test for it.
     ``n_q``, ``n_k``: slots (tokens in plan order). ``full``: tiles visited without a test. ``partial``: tiles
-    whose pairs pass ``gate`` and ``predicate``; never a tile that is also full. Without a gate every pair of a partial tile is
-    tested by the predicate; with one, 0 hides the pair, 1 tests it, 2 shows it.
+    whose pairs pass ``gate`` and ``predicate``; never a tile that is also full. Without a gate every pair of a
+    partial tile is tested by the predicate; with one, 0 hides the pair, 1 tests it, 2 shows it.
     ``order``, ``kv_order``: int64 slot -> token, (n,) or (H, n), or None for the caller's order.
     """
 

@@ -25,14 +25,15 @@ class Tuning:
     stages: int
 
 
-# Head dim classes are upper limits. "small" are the architectures with about 100 KB of shared memory (sm86, sm89,
-# sm120); the block sizes are those of spec'd upstream kernels and of FlashAttention's published tables.
+# The second key is the largest head dim of the class. "small" are the architectures with about 100 KB of shared memory
+# (sm86, sm89, sm120). Of the sizes published for FlashAttention and SageAttention, the largest that spill no or next to
+# no registers. "float32" multiplies without tensor cores, in straight-line code that grows with the block.
 TABLE: dict[tuple[str, int], Tuning] = {
-    ("sm80", 64): Tuning(128, 64, 64, 32, 4, 3),
-    ("sm80", 128): Tuning(128, 64, 64, 32, 8, 3),
+    ("sm80", 64): Tuning(128, 64, 32, 16, 4, 3),
+    ("sm80", 128): Tuning(128, 64, 64, 16, 8, 3),
     ("sm80", 256): Tuning(64, 64, 32, 32, 8, 2),
-    ("small", 64): Tuning(128, 64, 64, 32, 4, 3),
-    ("small", 128): Tuning(128, 64, 64, 32, 8, 2),
+    ("small", 64): Tuning(128, 64, 32, 16, 4, 3),
+    ("small", 128): Tuning(128, 64, 64, 16, 8, 2),
     ("small", 256): Tuning(64, 32, 32, 32, 8, 2),
     ("sm90", 64): Tuning(128, 128, 64, 64, 8, 3),
     ("sm90", 128): Tuning(128, 128, 64, 32, 8, 3),
@@ -40,8 +41,10 @@ TABLE: dict[tuple[str, int], Tuning] = {
     ("sm100", 64): Tuning(128, 128, 64, 64, 8, 3),
     ("sm100", 128): Tuning(128, 128, 64, 32, 8, 3),
     ("sm100", 256): Tuning(128, 64, 32, 32, 8, 2),
+    ("float32", 64): Tuning(64, 32, 32, 32, 8, 2),
+    ("float32", 128): Tuning(32, 32, 32, 16, 4, 2),
+    ("float32", 256): Tuning(32, 16, 16, 16, 8, 2),
 }
-FLOAT32 = Tuning(64, 32, 32, 32, 4, 2)
 EMULATED = Tuning(128, 128, 128, 128, 4, 1)
 
 
@@ -59,11 +62,9 @@ def tuning(capability: tuple[int, int] | None, dim: int, itemsize: int, tile_q: 
     """
     if capability is None:
         entry = EMULATED
-    elif itemsize == 4:
-        entry = FLOAT32
     else:
         limit = next(limit for limit in (64, 128, 256) if dim <= limit)
-        entry = TABLE[architecture(capability), limit]
+        entry = TABLE["float32" if itemsize == 4 else architecture(capability), limit]
     block_q = fit(tile_q, entry.block_q)
     return replace(
         entry, block_q=block_q, full=fit(tile_k, entry.full), tested=fit(tile_k, entry.tested),

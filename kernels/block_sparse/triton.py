@@ -30,7 +30,7 @@ def interpreted() -> bool:
 def refuses(q: Tensor, plan: TilePlan) -> str | None:
     """Why this tier cannot take the call, or None."""
     if q.device.type != "cuda" and not interpreted():
-        return f"q is on {q.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1, set before Python starts, to emulate one)"
+        return f"q is on {q.device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment to emulate"
     if q.device.type == "cuda" and not interpreted():
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
@@ -75,7 +75,8 @@ def attention(
     dim = max(q.shape[-1], v.shape[-1])
     if dim > _MAX_DIM:
         raise NotImplementedError(
-            f"head dims {q.shape[-1]} (q, k) and {v.shape[-1]} (v); the Triton kernel takes up to {_MAX_DIM}: use backend='flex'"
+            f"head dims {q.shape[-1]} (q, k) and {v.shape[-1]} (v); the Triton kernel takes up to {_MAX_DIM}. "
+            "Use backend='flex'"
         )
     if not scale > 0:
         # The kernel scales after the maximum, which only a positive scale allows.
@@ -89,7 +90,7 @@ def attention(
         with torch.cuda.device_of(q):
             forward[(blocks * q.shape[0] * q.shape[1],)](
                 *arguments(q, k, v, out, lse, plan, scale=scale, kv_valid=kv_valid),
-                **constants(plan, entry, q.shape[-1], v.shape[-1], bounded=kv_valid is not None),
+                **constants(q, k, v, out, plan, entry, bounded=kv_valid is not None),
                 num_warps=entry.warps,
                 num_stages=entry.stages,
             )
@@ -102,9 +103,10 @@ def arguments(
 ) -> tuple:  # fmt: skip
     """The kernel's run-time arguments, in order."""
     predicate = plan.predicate if plan.partial is not None and plan.predicate is not None else Predicate()
+    unit = _unit(q, k, v, out)
     return (
         q, k, v, out, lse,
-        *(x.stride()[:3] for x in (q, k, v, out)),
+        *(tuple(stride // unit for stride in x.stride()[:3]) for x in (q, k, v, out)),
         _list(plan.full), _list(plan.partial), _order(plan.order), _order(plan.kv_order),
         *_predicate(predicate), _gate(plan.gate if plan.partial is not None else None),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
@@ -112,24 +114,32 @@ def arguments(
     )  # fmt: skip
 
 
-def constants(plan: TilePlan, entry: Tuning, dim: int, dim_v: int, *, bounded: bool) -> dict:
+def constants(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: TilePlan, entry: Tuning, *, bounded: bool
+) -> dict:  # fmt: skip
     """The kernel's compile-time arguments. ``bounded``: dead keys are possible."""
+    dim, dim_v = q.shape[-1], v.shape[-1]
     step = entry.gathered if _gathers(plan) else entry.tested
     blocks = [entry.full] if plan.partial is None else [entry.full, step]
     cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
     return {
         "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": entry.full, "PARTIAL": step,
-        "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)),
+        "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)), "UNIT": _unit(q, k, v, out),
         "BOUNDED": bool(bounded or cut), "TESTED": plan.predicate is not None, "EMULATED": interpreted(),
     }  # fmt: skip
 
 
 def widths(dim: int) -> tuple[int, int]:
-    """``dim`` rounded up to a power of two plus a smaller one or 0, both at least 16: 72 -> (64, 16), 96 -> (64, 32)."""
+    """``dim`` as a power of two plus a smaller one or 0, rounded up: 72 -> (64, 16), 96 -> (64, 32)."""
     whole = 1 << (max(dim, 16) - 1).bit_length()
     half = whole // 2
     tail = max(16, 1 << (dim - half - 1).bit_length()) if dim > half else whole
     return (half, tail) if half >= 16 and tail < half else (whole, 0)
+
+
+def _unit(*tensors: Tensor) -> int:
+    """A common divisor of all strides, up to the 8 elements of one 16-byte load."""
+    return math.gcd(8, *(stride for x in tensors for stride in x.stride()[:3]))
 
 
 def _tuning(plan: TilePlan, q: Tensor, dim: int, tile_q: int, tile_k: int) -> Tuning:

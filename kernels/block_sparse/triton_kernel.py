@@ -16,12 +16,13 @@ def forward(
     box, disc, band, always, gate,
     kv_valid, n_q, n_k, heads, groups, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr, UNIT: tl.constexpr,
     BOUNDED: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks x batch x heads,).
 
-    q, k, v, out: pointers with strides (batch, head, token); the last dimension is contiguous. lse: float32
+    q, k, v, out: pointers with strides (batch, head, token) in units of UNIT elements, which tells the compiler how
+    wide it may load where a head dim is no multiple of 16; the last dimension is contiguous. lse: float32
     (batch, head, n_q) contiguous, or None. full, partial: (count, index, count strides, index strides), strides
     (batch, head, query tile). order, kv_order: (slot -> token, head stride). box: (lo, hi, coord); disc: (centre,
     coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row, k_col, strides
@@ -49,13 +50,13 @@ def forward(
     # Offsets pass 2^31 elements on long videos with many heads.
     b = b.to(tl.int64)
     h = h.to(tl.int64)
-    q += b * q_strides[0] + h * q_strides[1]
-    k += b * k_strides[0] + (h // groups) * k_strides[1]
-    v += b * v_strides[0] + (h // groups) * v_strides[1]
-    query = _rows(q, token, q_strides[2], live, WIDTHS[0], 0, D, True, EMULATED)
+    q += (b * q_strides[0] + h * q_strides[1]) * UNIT
+    k += (b * k_strides[0] + (h // groups) * k_strides[1]) * UNIT
+    v += (b * v_strides[0] + (h // groups) * v_strides[1]) * UNIT
+    query = _rows(q, token, q_strides[2] * UNIT, live, WIDTHS[0], 0, D, True, EMULATED)
     query_tail = query
     if WIDTHS[1]:
-        query_tail = _rows(q, token, q_strides[2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+        query_tail = _rows(q, token, q_strides[2] * UNIT, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
 
     acc = tl.zeros((BLOCK_Q, WIDTHS[2]), tl.float32)
     acc_tail = acc
@@ -68,9 +69,10 @@ def forward(
     if kv_valid is not None:
         valid = tl.minimum(tl.load(kv_valid + b).to(tl.int32), n_k)
     if kv_order is not None:
-        kv_order_head = kv_order[0] + h * kv_order[1]
-    else:
-        kv_order_head = None
+        kv_order = kv_order[0] + h * kv_order[1]
+
+    k_stride = k_strides[2] * UNIT
+    v_stride = v_strides[2] * UNIT
 
     count = tl.load(full[0] + b * full[2][0] + h * full[2][1] + tile * full[2][2])
     index = full[1] + b * full[3][0] + h * full[3][1] + tile.to(tl.int64) * full[3][2]
@@ -78,7 +80,7 @@ def forward(
     for i in range(count * steps):
         first = tl.load(index + i // steps) * TILE_K
         acc, acc_tail, top, total = _visit(
-            acc, acc_tail, top, total, query, query_tail, k, v, k_strides[2], v_strides[2], kv_order_head,
+            acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
             None, None, None, None, None, b, h, slot, live, first + i % steps * FULL, first + TILE_K, valid, n_k, scale,
             FULL, D, DV, WIDTHS, BOUNDED, False, False, EMULATED,
         )  # fmt: skip
@@ -89,17 +91,17 @@ def forward(
         for i in range(count * steps_partial):
             first = tl.load(index + i // steps_partial) * TILE_K
             acc, acc_tail, top, total = _visit(
-                acc, acc_tail, top, total, query, query_tail, k, v, k_strides[2], v_strides[2], kv_order_head,
+                acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
                 box, disc, band, always, gate, b, h, slot, live, first + i % steps_partial * PARTIAL, first + TILE_K,
                 valid, n_k, scale, PARTIAL, D, DV, WIDTHS, BOUNDED, True, TESTED, EMULATED,
             )  # fmt: skip
 
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    out += b * out_strides[0] + h * out_strides[1]
-    _store(out, token, out_strides[2], live, acc / total[:, None], WIDTHS[2], 0, DV)
+    out += (b * out_strides[0] + h * out_strides[1]) * UNIT
+    _store(out, token, out_strides[2] * UNIT, live, acc / total[:, None], WIDTHS[2], 0, DV)
     if WIDTHS[3]:
-        _store(out, token, out_strides[2], live, acc_tail / total[:, None], WIDTHS[3], WIDTHS[2], DV)
+        _store(out, token, out_strides[2] * UNIT, live, acc_tail / total[:, None], WIDTHS[3], WIDTHS[2], DV)
     if lse is not None:
         log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse + (b * heads + h) * n_q + token, log, mask=live)
@@ -140,7 +142,7 @@ def _visit(
         if BOUNDED:
             seen = seen & live[None, :]
         score = tl.where(seen, score, float("-inf"))
-    elif BOUNDED:
+    elif BOUNDED:  # noqa: SIM102 (known while compiling, which the next test is not)
         if cut:
             score = tl.where(live[None, :], score, float("-inf"))
 
@@ -178,7 +180,8 @@ def _seen(box, disc, band, always, gate, b, h, q, k, q_live, k_live, TESTED: tl.
             distance = distance + delta * delta
         seen = seen & (distance < r2)
     if band is not None:
-        delta = tl.load(band[0] + q, mask=q_live, other=0)[:, None] - tl.load(band[1] + k, mask=k_live, other=0)[None, :]
+        position = tl.load(band[0] + q, mask=q_live, other=0)[:, None]
+        delta = position - tl.load(band[1] + k, mask=k_live, other=0)[None, :]
         row = tl.load(band[2] + q, mask=q_live, other=0)[:, None]
         col = tl.load(band[3] + k, mask=k_live, other=0)[None, :]
         seen = seen & (tl.abs(delta) <= tl.load(band[4] + row * band[5] + col))

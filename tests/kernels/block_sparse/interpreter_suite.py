@@ -1,0 +1,218 @@
+"""The Triton kernel in Triton's interpreter, against float64. Run by test_triton.py with TRITON_INTERPRET=1 set."""
+
+import pytest
+import torch
+from dit_accel.kernels import BlockList, TilePlan, tuning
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex
+from dit_accel.kernels.block_sparse import triton as tier
+
+SMALL = tuning.Tuning(block_q=32, full=32, tested=16, gathered=16, warps=4, stages=1)
+GUARD = 64
+
+CASES = {
+    "full": {},
+    "full-shared-table": {"per_head": False, "heads": 3, "b": 2},
+    "full-per-sample": {"per_sample": True, "b": 2},
+    "box1": {"predicate": "box1"},
+    "box2-always": {"predicate": "box2+always"},
+    "box3": {"predicate": "box3", "per_head": False},
+    "disc-always": {"predicate": "disc+always"},
+    "band": {"predicate": "band"},
+    "always-only": {"predicate": "+always"},
+    "gate": {"gate": "h"},
+    "gate-batch": {"gate": "b", "b": 2},
+    "gate-box": {"gate": "", "predicate": "box2"},
+    "gate-band-always": {"gate": "bh", "predicate": "band+always", "b": 2, "per_sample": True},
+    "order": {"order": "shared"},
+    "order-heads": {"order": "heads", "kv_order": "heads", "kv_heads": 1, "predicate": "box2"},
+    "kv-order": {"kv_order": "shared", "predicate": "disc"},
+    "gqa": {"heads": 4, "kv_heads": 2, "bshd": True},
+    "alive": {"alive": [61, 0], "b": 2},
+    "alive-partial": {"alive": [40], "predicate": "box2+always"},
+    "alive-order": {"alive": [70, 37], "b": 2, "kv_order": "heads", "gate": "h"},
+    "empty-rows": {"empty": True, "alive": [32]},
+    "tile-odd": {"tile": (20, 24), "predicate": "box1"},
+    "tile-large": {"tile": (128, 64), "n_q": 150, "n_k": 131, "heads": 1, "predicate": "box2"},
+    "tile-tiny": {"tile": (8, 8), "n_q": 21, "n_k": 19},
+    "exact": {"n_q": 64, "n_k": 96, "tile": (32, 32), "predicate": "box1"},
+    "one-query": {"n_q": 1, "n_k": 33},
+}
+DIMS = [(16, None), (24, None), (40, 24), (64, 72), (72, None), (80, 64), (96, None), (128, None), (250, 256), (7, 5)]
+
+
+@pytest.fixture(params=["wide", "split"])
+def blocks(request, monkeypatch):
+    """Both ways to cut a tile: one block per tile, and several."""
+    if request.param == "split":
+        monkeypatch.setattr(tuning, "EMULATED", SMALL)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Outputs start as NaN between guard bands, which are checked afterwards."""
+    made = []
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self, shape, *, dtype=None, **other):
+        if other:  # the interpreter's own
+            return plain(self, shape, dtype=dtype, **other)
+        size = torch.Size(shape)
+        flat = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
+        made.append(flat)
+        return flat[GUARD:-GUARD].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert made
+    for flat in made:
+        assert flat[:GUARD].isnan().all()
+        assert flat[-GUARD:].isnan().all()
+        assert not flat[GUARD:-GUARD].isnan().any()
+
+
+def run(case, **changes):
+    arguments = {"scale": case.scale, "kv_valid": case.kv_valid, "return_lse": True} | changes
+    return tier.attention(case.q, case.k, case.v, case.plan, **arguments)
+
+
+@pytest.mark.usefixtures("poisoned", "blocks")
+@pytest.mark.parametrize("name", CASES)
+def test_features(make_case, name):
+    case = make_case(seed=len(name), **CASES[name])
+    case.check(*run(case))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dim", "dim_v"), DIMS)
+def test_head_dims(make_case, dim, dim_v):
+    case = make_case(seed=dim, dim=dim, dim_v=dim_v, n_q=37, n_k=45, predicate="box1", alive=[41])
+    case.check(*run(case))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["full", "box2-always", "order-heads", "alive-order", "gate-box"])
+def test_16_bit(make_case, name, dtype):
+    case = make_case(seed=7, dtype=dtype, dim=40, **CASES[name])
+    case.check(*run(case))
+
+
+def test_every_feature_at_once(make_case):
+    case = make_case(
+        seed=3, b=2, heads=4, kv_heads=2, predicate="box3+always", gate="bh", order="heads", kv_order="heads",
+        alive=[61, 33], dim=40, bshd=True, per_sample=True,
+    )  # fmt: skip
+    case.check(*run(case))
+
+
+def test_output_lies_in_memory_as_the_queries_do(make_case):
+    for bshd in (True, False):
+        case = make_case(bshd=bshd, heads=3, dim=16, dim_v=24)
+        out, lse = run(case, return_lse=False)
+        assert lse is None
+        assert (out.transpose(1, 2) if bshd else out).is_contiguous()
+
+
+def test_strided_inputs_and_tables(make_case):
+    case = make_case(predicate="box2", gate="h", order="heads", kv_order="shared", kv_heads=1)
+    expected, _ = run(case)
+
+    def strided(x):
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+    def all_strided(value):
+        if isinstance(value, torch.Tensor):
+            return strided(value)
+        if isinstance(value, tuple):
+            return tuple(all_strided(x) for x in value)
+        if value is None or isinstance(value, int):
+            return value
+        return type(value)(*map(all_strided, vars(value).values()))
+
+    plan = all_strided(case.plan)
+    assert plan.predicate.box.coord[0].stride() == (2,)
+    out, _ = tier.attention(strided(case.q), strided(case.k), strided(case.v), plan, scale=case.scale)
+    assert torch.equal(out, expected)
+
+
+def test_expanded_tables_are_read_in_place(make_case):
+    case = make_case(b=2, heads=3, per_head=False)
+    full = case.plan.full
+    wide = BlockList(full.count.expand(2, 3, -1), full.index.expand(2, 3, -1, -1))
+    plan = TilePlan(case.plan.tile_q, case.plan.tile_k, case.plan.n_q, case.plan.n_k, wide)
+    assert torch.equal(tier.attention(case.q, case.k, case.v, plan, scale=case.scale)[0], run(case)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(make_case, scale):
+    case = make_case()
+    out, _ = run(case, scale=scale)
+    seen = case.mask.double().log()
+    truth = torch.softmax(case.q.double() @ case.k.double().mT * scale + seen, -1) @ case.v.double()
+    assert (out - truth).abs().max() < 2e-6
+
+
+def test_large_logits_stay_finite(make_case):
+    case = make_case(predicate="box1", dim=16)
+    case.q *= 40
+    case.check(*run(case))
+
+
+def test_nan_in_dead_keys_is_not_read(make_case):
+    case = make_case(alive=[61], predicate="box1")
+    expected, _ = run(case)
+    case.k[:, :, 61:] = torch.nan
+    case.v[:, :, 61:] = torch.inf
+    assert torch.equal(run(case)[0], expected)
+
+
+def test_addresses_beyond_32_bits():
+    step, n, dim = 2**26 + 16, 40, 16
+    far = torch.empty(n * step, dtype=torch.float16).as_strided((1, 1, n, dim), (0, 0, step, 1))
+    far.copy_(torch.randn(1, 1, n, dim, generator=torch.Generator().manual_seed(0)))
+    near = far.clone()
+    count = torch.ones(1, 1, 1, dtype=torch.int32)
+    plan = TilePlan(64, 64, n, n, BlockList(count, torch.zeros(1, 1, 1, 1, dtype=torch.int32)))
+    assert far.stride(2) * (n - 1) > 2**31
+    out, expected = (tier.attention(x, x, x, plan, scale=0.25)[0] for x in (far, near))
+    assert torch.equal(out, expected)
+
+
+def test_a_hidden_key_changes_nothing_and_a_visible_one_does(make_case):
+    case = make_case(per_head=False)
+    before, _ = run(case)
+    case.v[..., -1, :] += 100
+    after, _ = run(case)
+    seen = case.mask[0, 0, :, -1]
+    assert 0 < seen.sum() < len(seen)
+    assert torch.equal(before[:, :, ~seen], after[:, :, ~seen])
+    assert (before[:, :, seen] != after[:, :, seen]).any(-1).all()
+
+
+def test_the_tier_is_named_and_never_automatic(make_case, monkeypatch):
+    monkeypatch.setattr(flex, "unavailable", lambda device: "switched off for this test")
+    case = make_case()
+    assert tier.interpreted()
+    assert choose(case.q, case.plan, backend="triton")[0] == "triton"
+    assert choose(case.q, case.plan) == ("gather", "triton: q is on cpu; flex: switched off for this test")
+    out, _ = block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale, backend="triton")
+    case.check(out)
+
+
+def test_attend_reaches_the_kernel(monkeypatch):
+    import dit_accel
+
+    launches = []
+    attention = tier.attention
+    monkeypatch.setattr(tier, "attention", lambda *a, **k: launches.append(a[3]) or attention(*a, **k))
+    layout = dit_accel.Layout(grid=(3, 5, 7), text=9)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 32, generator=generator) for _ in range(3))
+    for block in (8, 64):
+        method = dit_accel.methods.RandomBlocks(seed=1, block_size=block)
+        out, reference = (
+            dit_accel.attend(q, k, v, method, layout=layout, backend=tier_name) for tier_name in ("triton", "reference")
+        )
+        assert (out - reference).abs().max() < 2e-6
+    assert len(launches) == 2
+    assert [plan.tile_q for plan in launches] == [128, 64]
