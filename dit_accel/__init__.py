@@ -28,12 +28,14 @@ _NAMES = {
     "Radial": "methods",
     "GNA": "methods",
     "Clear": "methods",
+    "Paro": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
     "RadialProcessor": "processors",
     "GNAProcessor": "processors",
     "ClearProcessor": "processors",
+    "ParoProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
     "set_attn_processor": "diffusers",
@@ -66,12 +68,13 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AllBlocks, Clear, Method, Radial, RandomBlocks
+    from .methods import GNA, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
     from .plans import Plan
     from .processors import (
         AllBlocksProcessor,
         ClearProcessor,
         GNAProcessor,
+        ParoProcessor,
         Processor,
         RadialProcessor,
         RandomBlocksProcessor,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AllBlocks, Clear, Method, Radial, RandomBlocks
+from .methods import GNA, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -123,6 +123,12 @@ class ClearProcessor(_MethodProcessor):
     method_class = Clear
 
 
+class ParoProcessor(_MethodProcessor):
+    """PAROAttention: tokens reordered per head and static block maps, both from a calibrated plan file."""
+
+    method_class = Paro
+
+
 class AllBlocksProcessor(_MethodProcessor):
     """Everything through the sparse kernel; for tests."""
 
@@ -137,5 +143,5 @@ class RandomBlocksProcessor(_MethodProcessor):
 
 PROCESSORS: dict[str, type[_MethodProcessor]] = {
     cls.method_class.name: cls
-    for cls in (RadialProcessor, GNAProcessor, ClearProcessor, AllBlocksProcessor, RandomBlocksProcessor)
+    for cls in (RadialProcessor, GNAProcessor, ClearProcessor, ParoProcessor, AllBlocksProcessor, RandomBlocksProcessor)
 }

@@ -24,6 +24,7 @@ from ..state import State
 from ..step import Step
 from . import ops
 from .derive import adopt, derive, stock_of
+from .facts import facts_of
 from .families import Family
 from .hooks import Seat
 from .masks import Unreadable, kv_valid
@@ -33,9 +34,6 @@ from .tracker import StepTracker
 logger = logging.getLogger("dit_accel")
 _numbers = itertools.count()
 _UNSEEN = object()
-
-# A layout on which a method that refuses single images as such refuses, at a size that no method finds too small.
-_LARGE_IMAGE = Layout(grid=(1, 256, 256))
 
 
 @dataclass
@@ -74,8 +72,8 @@ class Engine:
                 f"family {family.name!r} finds no attention in this {type(model).__name__}: no module name matches "
                 f"{family.sites!r}. Correct the row's sites and register it again with register_family"
             )
-        if family.image and processor.method is not None:
-            processor.method.check(_LARGE_IMAGE)
+        if processor.method is not None:
+            processor.method.check_model(facts_of(model, family))
         for cls in {type(stock_of(module.processor)) for _, module in sites}:
             derive(cls)
         self.id = next(_numbers)

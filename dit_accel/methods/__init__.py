@@ -1,9 +1,22 @@
 """Sparse attention methods, one file each."""
 
-from .base import REGISTRY, Call, Method, find
+from .base import REGISTRY, Call, Method, ModelFacts, find
 from .clear import Clear
 from .gna import GNA
+from .paro import Paro
 from .radial import Radial
 from .testing import AllBlocks, RandomBlocks
 
-__all__ = ["GNA", "REGISTRY", "AllBlocks", "Call", "Clear", "Method", "Radial", "RandomBlocks", "find"]
+__all__ = [
+    "GNA",
+    "REGISTRY",
+    "AllBlocks",
+    "Call",
+    "Clear",
+    "Method",
+    "ModelFacts",
+    "Paro",
+    "Radial",
+    "RandomBlocks",
+    "find",
+]

@@ -38,6 +38,21 @@ class Call:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What a method is told about a model: ``name`` of its class, its ``config`` as plain JSON values, the number of
+    attention ``layers``, and whether it makes nothing but single images."""
+
+    name: str
+    config: dict[str, Any]
+    layers: int
+    image: bool = False
+
+
+# Large enough that a method refuses it for being a single image, never for its size.
+_LARGE_IMAGE = Layout(grid=(1, 256, 256))
+
+
+@dataclass(frozen=True)
 class Method:
     """A frozen, hashable, picklable record of published parameters that makes plans.
 
@@ -55,6 +70,14 @@ class Method:
 
     def check(self, layout: Layout) -> None:
         """Raise ``UnsupportedError`` when this method has no meaning on ``layout``."""
+
+    def check_model(self, model: ModelFacts) -> None:
+        """Raise ``UnsupportedError`` when this method cannot serve ``model``. Asked when it is set on one.
+
+        The default asks :meth:`check` about a single image where the model makes nothing else.
+        """
+        if model.image:
+            self.check(_LARGE_IMAGE)
 
     def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan:
         """The plan of one call. q (B, H, Nq, D), k and v (B, Hk, Nk, D)."""

@@ -6,6 +6,7 @@ stands here for both is this library's own, stated in full.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,31 +44,57 @@ def calibrate(
     metric: str = "mass",
     alpha: float = 1.0,
     maximize_sparse: bool = False,
-    orders: int | None = None,
-) -> dict[int, LayerPlan]:
-    """Choose orders and maps for every layer seen.
+    order: int | None = None,
+) -> Iterator[tuple[int, LayerPlan]]:
+    """Choose orders and maps: (layer, plan) for every layer seen, one at a time, since maps of many layers are large.
 
     ``density``: kept fraction, reached per layer and bin by one threshold for its heads, so that heads that need more
-    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`. ``orders``: use this axis order for
+    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`. ``order``: use this axis order for
     all heads instead of choosing, 0 for PARO without reordering. Raises ``UsageError`` for values out of range.
     """
     check_density(density)
     if not statistics.layers:
         raise UsageError("the calibration saw no attention call; run the model with Observe(statistics.observe) first")
-    shape, found = statistics.shape, {}
-    for layer, tally in sorted(statistics.layers.items()):
+    check_metric(metric, alpha, detail=statistics.detail)
+    column = None if order is None else _column(statistics.shape, order)
+
+    def one(tally: LayerTally) -> LayerPlan:
         price = costs(statistics, tally, metric=metric, alpha=alpha, maximize_sparse=maximize_sparse)
-        index = price.argmin(-1) if orders is None else torch.full_like(price[:, 0], _position(shape, orders)).long()
-        mass = tally.mass[:, torch.arange(len(index)), index]
-        per_bin = [threshold(mass[_seen(tally, b)], shape, density) for b in range(statistics.bins)]
-        found[layer] = LayerPlan(
-            orders=torch.tensor(shape.ids, dtype=torch.int8)[index],
-            maps=torch.stack(per_bin),
-            density=tuple(block_density(kept, shape) for kept in per_bin),
-            recall=torch.stack([_recall(mass[_seen(tally, b)], kept) for b, kept in enumerate(per_bin)]),
-            costs=price,
+        index = price.argmin(-1) if column is None else torch.full(price.shape[:1], column)
+        return _layer_plan(statistics, tally, index, density, price)
+
+    return ((layer, one(tally)) for layer, tally in sorted(statistics.layers.items()))
+
+
+def _layer_plan(statistics: Statistics, tally: LayerTally, index: Tensor, density: float, price: Tensor) -> LayerPlan:
+    shape = statistics.shape
+    mass = tally.mass[:, torch.arange(len(index)), index]
+    seen = [_seen(tally, where) for where in range(statistics.bins)]
+    maps = [threshold(mass[b], shape, density) for b in seen]
+    return LayerPlan(
+        orders=torch.tensor(shape.ids, dtype=torch.int8)[index],
+        maps=torch.stack(maps),
+        density=tuple(block_density(kept, shape) for kept in maps),
+        recall=torch.stack([_recall(mass[b], kept) for b, kept in zip(seen, maps, strict=True)]),
+        costs=price,
+    )
+
+
+def check_metric(metric: str, alpha: float, *, detail: bool) -> None:
+    """Raise ``UsageError`` for an unknown metric, an alpha out of range, or statistics that lack what they need."""
+    if metric not in METRICS:
+        raise UsageError(f"metric {metric!r} is unknown; choose one of {', '.join(METRICS)}")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha weighs the two terms of the order's cost and lies in [0, 1]; got {alpha}")
+    if needs_detail(metric, alpha) and not detail:
+        raise UsageError(
+            f"metric {metric!r} with alpha={alpha} needs block maxima and counts; take Statistics(detail=True)"
         )
-    return found
+
+
+def needs_detail(metric: str, alpha: float) -> bool:
+    """Whether a cost looks at more than the mass of the blocks."""
+    return alpha < 1 or metric == "paper"
 
 
 def costs(
@@ -91,14 +118,7 @@ def costs(
 
     Raises ``UsageError`` where the statistics were taken without ``detail`` and the cost needs it.
     """
-    if metric not in METRICS:
-        raise UsageError(f"metric {metric!r} is unknown; choose one of {', '.join(METRICS)}")
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"alpha weighs the two terms of the order's cost and lies in [0, 1]; got {alpha}")
-    if (alpha < 1 or metric == "paper") and tally.peak is None:
-        raise UsageError(
-            f"metric {metric!r} with alpha={alpha} needs block maxima and counts; take Statistics(detail=True)"
-        )
+    check_metric(metric, alpha, detail=tally.peak is not None)
     first = block_count(statistics, tally) if metric == "mass" else sparse_share(statistics, tally)
     sign = -1 if metric == "paper" and maximize_sparse else 1
     cost = sign * alpha * _normalised(first)
@@ -184,7 +204,7 @@ def _seen(tally: LayerTally, where: int) -> int:
     return min(torch.nonzero(tally.calls).flatten().tolist(), key=lambda b: abs(b - where))
 
 
-def _position(shape: OrderedBlocks, order: int) -> int:
+def _column(shape: OrderedBlocks, order: int) -> int:
     if order not in shape.ids:
         known = ", ".join(map(str, shape.ids))
         raise UsageError(f"axis order {order} is not a candidate on {shape.layout}; allowed: {known}")

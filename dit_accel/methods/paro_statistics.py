@@ -210,4 +210,3 @@ class Statistics:
         if known != heads:
             raise UsageError(f"layer {layer} had {known} heads and now has {heads}; calibrate one model at a time")
         return self.layers[layer]
-

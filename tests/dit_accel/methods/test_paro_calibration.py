@@ -88,6 +88,10 @@ def test_p5_peakedness_of_a_row():
         assert peakedness(statistics, tally).item() == pytest.approx(psi, rel=1e-6)
 
 
+def planned(statistics, **settings):
+    return dict(calibrate(statistics, **settings))
+
+
 def observed(layout, *, bins=2, block=8, heads=3, detail=False, seed=0, steps=4):
     statistics = Statistics(bins=bins, block_size=block, detail=detail)
     g = torch.Generator().manual_seed(seed)
@@ -100,7 +104,7 @@ def observed(layout, *, bins=2, block=8, heads=3, detail=False, seed=0, steps=4)
 @pytest.mark.parametrize("layout", [Layout((3, 4, 5)), Layout((4, 6, 8), text=5), Layout((1, 9, 16))], ids=str)
 @pytest.mark.parametrize("density", [0.6, 0.8])
 def test_density_is_met_from_below_to_within_a_block_of_each_head(layout, density):
-    plan = calibrate(observed(layout), density=density)[0]
+    plan = planned(observed(layout), density=density)[0]
     step = 3 * 8 * 8 / (3 * layout.tokens**2)
     for reached in plan.density:
         assert density - step - 1e-9 <= reached <= density + 1e-9
@@ -113,7 +117,7 @@ def test_forced_blocks_and_no_empty_row():
     assert forced[7:].all()
     assert forced[:, 7:].all()
     assert not forced[:7, :7].any()
-    maps = calibrate(statistics, density=0.01)[0].maps
+    maps = planned(statistics, density=0.01)[0].maps
     assert maps[..., forced].all()
     assert maps.any(-1).all()
     ragged = OrderedBlocks.of(Layout((3, 4, 5)), 8)
@@ -127,7 +131,7 @@ def test_forced_blocks_and_no_empty_row():
 def test_one_threshold_serves_the_heads_of_a_layer():
     """Each head keeps its smallest set with the common share of the mass: none could drop a block, none lags."""
     statistics = observed(Layout((4, 6, 8)), bins=1)
-    plan = calibrate(statistics, density=0.4, orders=0)[0]
+    plan = planned(statistics, density=0.4, order=0)[0]
     mass = statistics.layers[0].mass[0, :, 0].double()
     kept = plan.maps[0]
     for head in range(3):
@@ -137,7 +141,7 @@ def test_one_threshold_serves_the_heads_of_a_layer():
 
 
 def test_density_one_keeps_everything_that_has_mass():
-    plan = calibrate(observed(Layout((3, 4, 5))), density=1.0)[0]
+    plan = planned(observed(Layout((3, 4, 5))), density=1.0)[0]
     assert plan.maps.all()
     assert plan.density == (1.0, 1.0)
 
@@ -149,7 +153,7 @@ def test_reordering_is_not_worse_than_order_zero_on_its_own_criterion():
 
 
 def test_bins_that_saw_no_step_take_the_nearest_map():
-    plan = calibrate(observed(Layout((3, 4, 5)), bins=4, steps=2), density=0.6)[0]
+    plan = planned(observed(Layout((3, 4, 5)), bins=4, steps=2), density=0.6)[0]
     assert torch.equal(plan.maps[1], plan.maps[0])
     assert torch.equal(plan.maps[3], plan.maps[2])
 
@@ -168,14 +172,14 @@ def test_block_density_counts_tokens_not_blocks():
         ({"alpha": 0.5}, r"Statistics\(detail=True\)"),
         ({"metric": "paper"}, r"Statistics\(detail=True\)"),
         ({"density": 0}, "kept fraction"),
-        ({"orders": 7}, "not a candidate"),
+        ({"order": 7}, "not a candidate"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, match):
     with pytest.raises(UsageError, match=match):
-        calibrate(observed(Layout((3, 4, 5)), steps=1), **{"density": 0.5, **settings})
+        planned(observed(Layout((3, 4, 5)), steps=1), **{"density": 0.5, **settings})
 
 
 def test_a_calibration_that_saw_nothing_says_so():
     with pytest.raises(UsageError, match="saw no attention call"):
-        calibrate(Statistics(), density=0.5)
+        planned(Statistics(), density=0.5)
