@@ -95,6 +95,11 @@ class Plan:
         """Visible share of the main x main pairs; the mean over batch and heads."""
         return self._densities()[1]
 
+    @property
+    def density_known(self) -> bool:
+        """Whether :attr:`density` is at hand; otherwise reading it counts the pairs of every partial block."""
+        return self.partial is None or "densities" in self._memo
+
     def token_mask(self) -> Tensor:
         """bool (B1, H1, Nq, Nk) in the caller's token order: pairs attended exactly.
 

@@ -24,7 +24,7 @@ SHORTHAND = ("block_size", "window", "stride", "dilation", "decay", "radius")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--method", nargs="+", metavar="SPEC", default=["radial"], help="methods to draw side by side (default: radial)")
+    add("--method", nargs="+", metavar="SPEC", default=["radial"], help="methods, drawn side by side (default: radial)")
     add("-o", "--out", metavar="FILE", default=None, help="picture to write: png, svg or pdf (default: mask.png)")
     add("--json", action="store_true", help="the numbers as JSON to stdout; draws only with -o")
 

@@ -7,15 +7,16 @@ import difflib
 import sys
 
 from .. import __version__
-from . import doctor, mask, methods, render
+from . import calibrate, doctor, mask, methods, render
 
-COMMANDS = {"render": render, "mask": mask, "doctor": doctor, "methods": methods}
+COMMANDS = {"render": render, "mask": mask, "calibrate": calibrate, "doctor": doctor, "methods": methods}
 
 _EXAMPLES = """examples:
   dit-accel render prompts.txt
   dit-accel render prompts.txt --compare --density 0.25
   dit-accel render prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81 -o out
   dit-accel mask --method radial --model-family wan -o mask.png
+  dit-accel calibrate paro -o plan.safetensors
   dit-accel methods
   dit-accel doctor
 
