@@ -20,7 +20,8 @@ from ..kernels import Disc, Predicate
 from ..layout import Layout
 from ..plans import Plan
 from .base import Call, Method, check_density
-from .tiles import ALWAYS, Tiling, choose, densities
+from .tile_shapes import choose, counter
+from .tiles import ALWAYS, Tiling, densities
 from .windows import Axis
 
 
@@ -71,7 +72,8 @@ class Clear(Method):
             raise UnsupportedError(f"Clear needs keys in the queries' layout; got {layout} and {call.kv_layout}")
         self.check(layout)
         axes = [Axis.clipped(length, self.radius - 1) for length in layout.grid]
-        tiling = Tiling.make(layout, axes, *choose(axes))
+        _, shapes = choose([counter(axis) for axis in axes], layout.grid)
+        tiling = Tiling.make(layout, axes, shapes)
         near, far = 0, 0  # squared distance of the nearest and of the farthest pair of each two blocks
         for rank in tiling.ranks[1:]:
             first, last = tiling.lowest(rank), tiling.highest(rank)

@@ -20,7 +20,8 @@ from .base import Call, Method, check_density
 from .gna_density import density_of, solve
 from .gna_presets import DEFAULT, PRESETS
 from .peraxis import PerAxis, at, flags, numbers, rank
-from .tiles import box_plan, choose
+from .tile_shapes import choose, counter
+from .tiles import box_plan
 from .windows import Window
 
 AXES = ("T", "H", "W")
@@ -146,7 +147,8 @@ class GNA(Method):
         if call.kv_layout is not None and call.kv_layout != call.layout:
             raise UnsupportedError(f"GNA needs keys in the queries' layout; got {call.layout} and {call.kv_layout}")
         axes = [window.axis() for window in self.windows(call.layout.grid)]
-        return box_plan(call.layout, axes, *choose(axes), self.scale)
+        _, shapes = choose([counter(axis) for axis in axes], call.layout.grid)
+        return box_plan(call.layout, axes, shapes, self.scale)
 
     def density(self, layout: Layout) -> float:
         """Density of the plan on ``layout``, without making it."""

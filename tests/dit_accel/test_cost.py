@@ -8,6 +8,7 @@ from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
 from dit_accel.methods import GNA
 from dit_accel.methods.gna_presets import PRESETS
+from dit_accel.methods.tile_shapes import Shapes
 from dit_accel.methods.tiles import box_plan
 
 HUNYUAN, COSMOS, FLUX = (30, 48, 80), (16, 44, 80), (1, 256, 256)
@@ -109,7 +110,7 @@ def test_dynamic_tiles_start_at_the_window():
 def test_the_model_counts_what_a_plan_visits(method, grid, shape):
     axes = [window.axis() for window in method.windows(grid)]
     size = shape[0] * shape[1] * shape[2]
-    counted = plan_cost(box_plan(Layout(grid), axes, shape, size))
+    counted = plan_cost(box_plan(Layout(grid), axes, Shapes(size, {shape: 1.0})))
     modelled = tile_cost(method, grid, shape, shape)
     assert (counted.total, counted.worst) == (modelled.total, modelled.worst)
     assert (counted.mean, counted.whole) == pytest.approx((modelled.mean, modelled.whole))
