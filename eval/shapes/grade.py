@@ -124,7 +124,8 @@ def _color(scene: Scene, seen: Observation) -> float:
 
 
 def _count(scene: Scene, seen: Observation) -> float:
-    return float(np.mean(seen.count() == (2 if scene.second else scene.count)))
+    wanted = sorted(_expected_colors(scene))
+    return float(np.mean([sorted(b.color for b in blobs) == wanted for blobs in seen.blobs]))
 
 
 def _shape(scene: Scene, seen: Observation, samples: int = 9) -> float:
@@ -189,7 +190,7 @@ def _flicker(scene: Scene, seen: Observation) -> float:
     """1 for a calm background, 0 from a mean change of 8 grey levels per frame beyond the drawn one's."""
     frames = seen.video.astype(np.int16)
     clear = np.ones(frames.shape[:3], bool)
-    cv2 = measure._cv2()
+    cv2 = measure.need_opencv()
     for t, blobs in enumerate(seen.blobs):
         for blob in blobs:
             clear[t] &= ~cv2.dilate(blob.mask.astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)

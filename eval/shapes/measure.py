@@ -9,17 +9,21 @@ import numpy as np
 from dit_accel.pipelines.mini import world
 from dit_accel.pipelines.mini.world import COLORS, PATTERNS, RADIUS, SHAPES, TONES, Scene, draw
 
+from dit_accel.errors import UnsupportedError
+
 #: Least difference between a pixel's largest and smallest channel (0..255) inside an object; no background exceeds 70.
 CHROMA = 95
 #: Smallest object in pixels, and smallest share of the largest object's area that still counts as an object.
 MIN_AREA, MIN_SHARE = 24, 0.25
 
 
-def _cv2():
+def need_opencv():
+    """The cv2 module. Raises ``UnsupportedError`` that says what to install."""
     try:
         import cv2
     except ImportError as error:
-        raise ImportError('grading videos needs OpenCV; install it with: pip install "dit-accel[eval]"') from error
+        message = f'grading videos needs OpenCV ({error}); install it with: pip install "dit-accel[eval]"'
+        raise UnsupportedError(message) from error
     return cv2
 
 
@@ -44,7 +48,7 @@ def nearest_color(rgb: np.ndarray) -> str:
 
 def find_blobs(frame: np.ndarray) -> list[Blob]:
     """Objects of ``frame``, uint8 (H, W, 3), largest first."""
-    cv2 = _cv2()
+    cv2 = need_opencv()
     pixels = frame.astype(np.int16)
     mask = (pixels.max(2) - pixels.min(2) > CHROMA).astype(np.uint8)
     number, labels, stats, centers = cv2.connectedComponentsWithStats(mask, connectivity=8)
@@ -147,7 +151,7 @@ def _backdrops(frames: tuple[float, ...], height: int, width: int) -> list[tuple
 
 def background(seen: Observation, samples: int = 7) -> tuple[str, str, bool, float]:
     """Tone, pattern and panning whose drawing is nearest, and the mean absolute difference to it (0..255)."""
-    cv2 = _cv2()
+    cv2 = need_opencv()
     total, height, width, _ = seen.video.shape
     index = np.unique(np.linspace(0, total - 1, samples).round().astype(int))
     pixels = seen.video[index].astype(np.float32)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .grade import DIMENSIONS, PASS, grade
+from dit_accel.errors import UsageError
 
-#: ``(prompt, seed) -> video``, uint8 (T, H, W, 3).
-Renderer = Callable[[str, int], np.ndarray]
+from .grade import DIMENSIONS, PASS
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to grade: prompts, seeds, dimensions; ``compare`` renders every video dense as well, from the same noise."""
+
+    texts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    dimensions: tuple[str, ...] = DIMENSIONS
+    compare: bool = False
 
 
 def prompts(name: str = "shapes-120") -> list[str]:
@@ -25,7 +34,7 @@ def prompts(name: str = "shapes-120") -> list[str]:
         source = Path(name)
     if not source.is_file():
         known = sorted(p.name.removesuffix(".txt") for p in folder.iterdir() if p.name.endswith(".txt"))
-        raise FileNotFoundError(
+        raise UsageError(
             f"no prompt list {name!r}; bundled are {', '.join(known)}, or give the path of a text file"
         )
     return [line.strip() for line in source.read_text().splitlines() if line.strip()]
@@ -62,30 +71,6 @@ def summarize(rows: Sequence[dict[str, Any]], dimensions: Sequence[str] = DIMENS
     return result
 
 
-def run(
-    render: Renderer,
-    texts: Sequence[str],
-    seeds: Sequence[int] = (0,),
-    dimensions: Sequence[str] = DIMENSIONS,
-    out: Path | None = None,
-) -> dict[str, Any]:
-    """Renders and grades every prompt with every seed; with ``out`` writes the rows as they come, and continues from
-    them."""
-    rows: list[dict[str, Any]] = []
-    if out is not None and out.is_file():
-        rows = json.loads(out.read_text())["rows"]
-    done = {(row["prompt"], row["seed"]) for row in rows}
-    for seed in seeds:
-        for text in texts:
-            if (text, seed) in done:
-                continue
-            scores = grade(render(text, seed), text, tuple(dimensions))
-            rows.append({"prompt": text, "seed": seed, "scores": scores})
-            if out is not None:
-                out.write_text(json.dumps({"rows": rows, "summary": summarize(rows, dimensions)}, indent=1) + "\n")
-    return {"rows": rows, "summary": summarize(rows, dimensions)}
-
-
 def table(summary: dict[str, Any]) -> str:
     """``summary`` as a Markdown table."""
     lines = ["| dimension | mean | 95 % interval | passed | videos |", "|---|---|---|---|---|"]
@@ -94,4 +79,17 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['mean']:.3f} | {interval} | {row['passed']:.0%} | {row['videos']} |")
     interval = f"{summary['low']:.3f} to {summary['high']:.3f}"
     lines.append(f"| mean | {summary['mean']:.3f} | {interval} | | {summary['videos']} |")
+    return "\n".join(lines)
+
+
+def difference_table(paired: dict[str, Any]) -> str:
+    """Paired differences (and PSNR, where it was measured) as a Markdown table."""
+    lines = ["| dimension | difference | 95 % interval | videos |", "|---|---|---|---|"]
+    for name, row in paired.items():
+        if name == "psnr":
+            continue
+        lines.append(f"| {name} | {row['mean']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['videos']} |")
+    if "psnr" in paired:
+        row = paired["psnr"]
+        lines.append(f"| PSNR, dB | {row['mean']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['videos']} |")
     return "\n".join(lines)

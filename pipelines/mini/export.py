@@ -60,4 +60,9 @@ def save(pipeline: WanPipeline, folder: Path, defaults: dict | None = None, dtyp
         for name, part in parts.items():
             part.to(torch.float32)
             part.load_state_dict(before[name])
+    for config in folder.rglob("config.json"):
+        # The folder a part was loaded from says nothing to whoever gets the pipeline.
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n")
     (folder / "mini.json").write_text(json.dumps(DEFAULTS | (defaults or {}), indent=2) + "\n")

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanR
 from transformers import UMT5EncoderModel
 
 from .attention import TrainingAttention
+from .locality import PositionProbe, start_local
 
 
 class ChosenFramesRope(WanRotaryPosEmbed):
@@ -73,6 +74,7 @@ def build_transformer(
             block.scale_shift_table[:, (2, 5)] = 0.5
         model.scale_shift_table.zero_()
         model.proj_out.weight.mul_(0.1)
+    start_local(model)
     return model
 
 
@@ -87,6 +89,7 @@ class Denoiser(torch.nn.Module):
         # Registered buffers are not persistent, so exported weights are the stock model's.
         transformer.rope = rope.to(transformer.device)
         transformer.set_attn_processor(TrainingAttention())
+        self.probe = PositionProbe(transformer, len(transformer.blocks) // 2 - 1 if len(transformer.blocks) > 1 else 0)
 
     @contextmanager
     def stock(self):
@@ -141,8 +144,11 @@ def denoising_loss(
     frames: torch.Tensor,
     generator: torch.Generator,
     shift: float,
+    total: int = 33,
+    probe: float = 0.2,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Velocity-weighted error of the predicted clean latents for ``clean`` (B, C, F, H, W)."""
+    """Velocity-weighted error of the predicted clean latents for ``clean`` (B, C, F, H, W), whose frames are the
+    indices ``frames`` (B, F) of a clip of ``total``; ``probe`` weighs the helper task of :class:`PositionProbe`."""
     sigma = sample_sigma(clean.shape[0], generator, shift).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     level = sigma[:, None, None, None, None]
@@ -150,4 +156,5 @@ def denoising_loss(
     error = (predicted - clean).square().mean((1, 2, 3, 4))
     # 1 / sigma^2 is the weight of the velocity loss; unbounded it would spend everything on nearly clean inputs.
     loss = (error / sigma.clamp(min=0.25).square()).mean()
-    return loss, {"error": error.mean().item()}
+    place = model.probe.loss(frames, total, *clean.shape[3:])
+    return loss + probe * place, {"error": error.mean().item(), "denoise": loss.item(), "place": place.item()}

@@ -1,6 +1,7 @@
 """Trains the bundled model: ``python -m dit_accel.pipelines.mini.train --config cpu --out FOLDER``.
 
-Stages, each resumable: ``vae`` (autoencoder), ``encode`` (draw and encode the training clips), ``denoiser`` (text
+Stages, each resumable: ``vae`` (autoencoder), ``encode`` (draw and encode the training clips), ``refine`` (decoder
+alone), ``denoiser`` (text
 encoder and transformer), ``export`` (a WanPipeline folder). ``encode`` may run beside ``denoiser`` in a second process.
 """
 
@@ -23,7 +24,7 @@ from .model import Denoiser, build_transformer, denoising_loss
 from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
 from .vae import build_vae, clip_batch, latent_statistics, vae_loss
 
-STAGES = ("vae", "encode", "denoiser", "export")
+STAGES = ("vae", "encode", "refine", "denoiser", "export")
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -67,6 +68,12 @@ class Run:
         part = self.config["vae"]
         torch.manual_seed(self.seed)
         vae = build_vae(part["base_dim"], part["z_dim"]).to(self.device)
+        return self._stage("vae", vae, self._vae_loss(vae, part), part, self._vae_report)
+
+    def _vae_report(self, module: AutoencoderKLWan, step: int) -> None:
+        sheets.vae_sheet(module, self.out / "vae.png")
+
+    def _vae_loss(self, vae: AutoencoderKLWan, part: dict[str, Any]):
         lengths = part["clip_frames"]
 
         def loss(step: int, generator: torch.Generator):
@@ -75,10 +82,7 @@ class Run:
             video = clip_batch(rng, max(part["tokens"] // frames, 1), frames).to(self.device)
             return vae_loss(vae, video, generator, part["kl"])
 
-        def report(module: AutoencoderKLWan, step: int) -> None:
-            sheets.vae_sheet(module, self.out / "vae.png")
-
-        return self._stage("vae", vae, loss, part, report)
+        return loss
 
     def train_vae(self, deadline: float | None) -> bool:
         """Trains the autoencoder, then measures its latents and saves it to ``vae/``."""
@@ -104,6 +108,20 @@ class Run:
         return encode_shards(
             self.vae(), self.out / "data", data["shards"], self.seed, deadline, size, data.get("workers", 0)
         )
+
+    def refine(self, deadline: float | None) -> bool:
+        """Sharpens the decoder with the encoder held fixed, so that encoded clips stay valid."""
+        part = self.config.get("refine")
+        if part is None:
+            return True
+        vae = self.vae()
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(False)
+        stage = self._stage("refine", vae, self._vae_loss(vae, self.config["vae"] | part), part, self._vae_report)
+        if not stage.finished and not stage.run(deadline):
+            return False
+        stage.averaged().eval().save_pretrained(self.out / "vae")
+        return True
 
     def denoiser_stage(self) -> Stage:
         """The denoiser's training stage, at its last checkpoint."""
@@ -169,10 +187,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else None
     run = Run(load_config(args.config), args.out, args.device)
+    steps = {"vae": run.train_vae, "encode": run.encode, "refine": run.refine, "denoiser": run.train_denoiser}
     for stage in STAGES if args.stage == "all" else (args.stage,):
         if stage == "export":
             run.export(args.export or args.out / "pipeline")
-        elif not {"vae": run.train_vae, "encode": run.encode, "denoiser": run.train_denoiser}[stage](deadline):
+        elif not steps[stage](deadline):
             print(f"stopped in stage {stage!r} after {args.max_minutes} minutes; the same command continues")
             return 1
     return 0

@@ -73,10 +73,9 @@ def test_a_tiny_model_overfits_one_sample():
     ids = torch.full((8, 4), 5)
     frames = torch.arange(3).expand(8, 3)
     losses = []
-    for step in range(80):
-        loss, _ = denoising_loss(
-            model, clean, ids, torch.ones_like(ids), frames, torch.Generator().manual_seed(step), 3.0
-        )
+    for step in range(200):
+        generator = torch.Generator().manual_seed(step)
+        loss, _ = denoising_loss(model, clean, ids, torch.ones_like(ids), frames, generator, 3.0, total=3, probe=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from dit_accel.pipelines.mini.train import Run, load_config, main
 TOY = {
     "seed": 0,
     "autocast": False,
-    "vae": {"steps": 2, "lr": 1e-3, "base_dim": 16, "z_dim": 4, "tokens": 5, "clip_frames": [5], "kl": 1e-3, "every": 9},
+    "vae": {"steps": 2, "lr": 1e-3, "base_dim": 16, "z_dim": 4, "tokens": 5, "clip_frames": [5], "kl": 1e-3},
     "data": {"shards": 1, "first": 1, "grow": 1, "shard": 4},
     "denoiser": {
         "steps": 4, "lr": 1e-3, "warmup": 1, "width": 64, "head_dim": 32, "layers": 1, "text_dim": 16, "shift": 3.0,
