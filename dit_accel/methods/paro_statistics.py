@@ -142,6 +142,12 @@ class Statistics:
         self.shape: OrderedBlocks | None = None
         self.layers: dict[int, LayerTally] = {}
 
+    def bytes(self, layout: Layout, heads: int, layers: int) -> int:
+        """What a calibration on ``layout`` holds in memory."""
+        shape = OrderedBlocks.of(layout, self.block_size)
+        tables = 3 if self.detail else 1
+        return 4 * tables * layers * self.bins * heads * len(shape.ids) * shape.blocks.count**2
+
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> None:
         """Count one call. q (B, H, N, D), k (B, Hk, N, D). Raises where the layout or the head count changed."""

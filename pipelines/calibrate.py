@@ -1,0 +1,240 @@
+"""The calibration job: render a few prompts densely, keep block statistics, write a PARO plan file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..diffusers.api import denoisers
+from ..diffusers.facts import facts_of
+from ..diffusers.families import family_of
+from ..errors import DitAccelError, UsageError
+from ..guard import Guard
+from ..methods.base import check_density
+from ..methods.observe import Observe
+from ..methods.orders import NAMES
+from ..methods.paro_calibration import LayerPlan, calibrate, check_metric, needs_detail
+from ..methods.paro_file import Header, describe_layout, write
+from ..methods.paro_statistics import Statistics
+from ..processors import Processor
+from ..schedule import Schedule
+from .acceleration import Acceleration
+from .generate import generate
+from .geometry import geometry
+from .job import DEFAULT_SEED, Job, Shot, resolve
+from .load import load, pick_device, pick_dtype
+from .model import BUNDLED, ModelInfo, inspect_model
+from .prompts import Prompt, read_prompts
+
+# The published calibration takes one or two example prompts of the model's own.
+GENERIC = (
+    "a golden retriever runs along a sandy beach at sunset, waves rolling in behind it",
+    "a slow aerial shot over a snowy mountain village with lights in the windows",
+)
+
+# Settings of a render job that a calibration has under the same name.
+_SAME = ("model", "steps", "guidance", "negative", "image", "seed", "size", "frames")
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What to calibrate. ``None`` takes the model's own default.
+
+    ``out``: the plan file. ``prompts``: one or two do; without any, two built-in ones. ``density``: kept fraction.
+    ``bins``: timestep bins with a map each (released: 10 for CogVideoX, 4 for Wan). ``metric``, ``alpha``,
+    ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``rows``:
+    fraction of query rows looked at. ``size``: (width, height) in pixels, as the plan will be used with.
+    """
+
+    out: Path
+    prompts: tuple[Prompt, ...] = ()
+    model: str | None = None
+    density: float = 0.5
+    bins: int = 4
+    metric: str = "mass"
+    alpha: float = 1.0
+    maximize_sparse: bool = False
+    block_size: int = 64
+    rows: float = 1.0
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    image: str | None = None
+    seed: int = DEFAULT_SEED
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    overwrite: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: bool = False
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written. ``layers``: per layer its index, heads per axis order, density and recall. ``seconds``: of the
+    dense runs, and of choosing and writing."""
+
+    path: Path
+    header: Header
+    layers: tuple[dict[str, Any], ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        keep = ("model", "steps", "bins", "block_size", "heads", "density", "reached", "recall", "metric", "alpha")
+        values = {key: getattr(self.header, key) for key in keep}
+        values |= {"layout": str(self.header.layout), "fingerprint": self.header.fingerprint}
+        return {
+            "file": str(self.path),
+            "bytes": self.path.stat().st_size,
+            **values,
+            "seconds": self.seconds,
+            "layers": list(self.layers),
+        }
+
+
+def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progress: bool = True) -> Outcome:
+    """Run ``job`` and write its plan. Everything that can be checked is, before weights are loaded.
+
+    ``listen`` hears ``("loading" | "start" | "choosing", {...})``. Raises ``UsageError`` or ``UnsupportedError`` for what
+    cannot work, ``DitAccelError`` where memory for the statistics is short.
+    """
+    tell = listen or (lambda event, data: None)
+    statistics = _checked(job)
+    device = pick_device(job.device)
+    dtype = pick_dtype(job.dtype, device)
+    info = inspect_model(job.model, image=job.image is not None or any(p.image for p in job.prompts))
+    shots = plan_shots(job, info)
+    tell("loading", {"model": info.name, "device": str(device)})
+    pipe = load(info, dtype=dtype, device=str(device), offload=job.offload)
+    _refuse_too_large(pipe, statistics, shots[0], info)
+    started = time.perf_counter()
+    observe(pipe, shots, statistics, backend=job.backend, tell=tell, progress=progress)
+    ran = time.perf_counter()
+    tell("choosing", {"layers": len(statistics.layers)})
+    header = describe_run(pipe, info, shots, statistics, job)
+    layers: list[dict[str, Any]] = []
+
+    def plans() -> Any:
+        choice = {"metric": job.metric, "alpha": job.alpha, "maximize_sparse": job.maximize_sparse}
+        for layer, plan in calibrate(statistics, density=job.density, **choice):
+            layers.append(summary(layer, plan))
+            yield layer, plan
+
+    header = write(job.out, header, plans())
+    seconds = {"run": ran - started, "choose": time.perf_counter() - ran}
+    return Outcome(job.out, header, tuple(layers), seconds)
+
+
+def plan_shots(job: CalibrationJob, info: ModelInfo) -> list[Shot]:
+    """The dense renders of a job. Raises ``UsageError`` where prompts ask for different sizes or step counts."""
+    prompts = job.prompts or default_prompts(info)
+    same = {name: getattr(job, name) for name in _SAME}
+    request = Job(prompts, job.out.parent, accel=Acceleration(method="dense"), **same)
+    shots = resolve(request, info)
+    for name in ("width", "height", "frames", "steps"):
+        values = sorted({getattr(shot, name) for shot in shots}, key=str)
+        if len(values) > 1:
+            raise UsageError(
+                f"a plan serves one size and length of run; the prompts ask for {name} {', '.join(map(str, values))}. "
+                "Give them all the same, and make one plan per size"
+            )
+    return shots
+
+
+def default_prompts(info: ModelInfo) -> tuple[Prompt, ...]:
+    """Two prompts: captions that the bundled model understands, or sentences for any other."""
+    if info.name == BUNDLED:
+        return tuple(read_prompts(Path(str(resources.files("dit_accel.assets") / "prompts" / "prompt.txt")))[:2])
+    return tuple(Prompt(text, number) for number, text in enumerate(GENERIC, 1))
+
+
+def observe(
+    pipe: Any,
+    shots: list[Shot],
+    statistics: Statistics,
+    *,
+    backend: str = "auto",
+    tell: Listener | None = None,
+    progress: bool = False,
+) -> None:
+    """Render ``shots`` densely while ``statistics`` look on. A call that they could not see raises."""
+    method = Observe(statistics.observe)
+    processor = Processor(
+        method, schedule=Schedule.none(), guard=Guard(nonfinite=False), backend=backend, on_unsupported="error"
+    )
+    for shot in shots:
+        pipe.set_progress_bar_config(disable=not progress, desc=shot.stem[:40], leave=False, dynamic_ncols=True)
+        if tell:
+            tell("start", {"shot": shot, "shots": len(shots)})
+        generate(pipe, shot, processor)
+
+
+def describe_run(pipe: Any, info: ModelInfo, shots: list[Shot], statistics: Statistics, job: CalibrationJob) -> Header:
+    """The header of the plan that a run gives; :func:`~dit_accel.methods.paro_file.write` completes it."""
+    model = denoisers(pipe)[0]
+    facts = facts_of(model, family_of(model))
+    return Header(
+        model=facts.name,
+        config=facts.config,
+        segments=describe_layout(statistics.shape.layout),
+        steps=shots[0].steps,
+        bins=statistics.bins,
+        block_size=statistics.block_size,
+        layers=(),
+        heads=0,
+        density=job.density,
+        reached=0.0,
+        recall=0.0,
+        metric=job.metric,
+        alpha=job.alpha,
+        library=__version__,
+        weights=f"{info.name} {info.revision or info.fingerprint()}",
+        scheduler=type(pipe.scheduler).__name__,
+        prompts=tuple(shot.prompt for shot in shots),
+    )
+
+
+def summary(layer: int, plan: LayerPlan) -> dict[str, Any]:
+    """One layer's choices as plain JSON values."""
+    orders = {NAMES[i]: int((plan.orders == i).sum()) for i in plan.orders.unique().tolist()}
+    density, recall = sum(plan.density) / len(plan.density), float(plan.recall.mean())
+    return {"layer": layer, "orders": orders, "density": density, "recall": recall}
+
+
+def _checked(job: CalibrationJob) -> Statistics:
+    """The empty statistics of a job whose settings make sense."""
+    check_density(job.density)
+    detail = needs_detail(job.metric, job.alpha)
+    check_metric(job.metric, job.alpha, detail=detail)
+    if not job.out.parent.is_dir():
+        raise UsageError(f"-o {job.out}: there is no folder {job.out.parent}; create it, or give another -o")
+    if job.out.exists() and not job.overwrite:
+        raise UsageError(f"{job.out} exists; give another -o, or --overwrite to replace it")
+    return Statistics(bins=job.bins, block_size=job.block_size, detail=detail, rows=job.rows)
+
+
+def _refuse_too_large(pipe: Any, statistics: Statistics, shot: Shot, info: ModelInfo) -> None:
+    """Say before the run what would otherwise end it half-way."""
+    import psutil
+
+    layout = geometry(info).layout(shot.width, shot.height, shot.frames) if shot.width else None
+    models = denoisers(pipe)
+    heads = dict(models[0].config).get("num_attention_heads")
+    if layout is None or not isinstance(heads, int):
+        return
+    need = statistics.bytes(layout, heads, facts_of(models[0], family_of(models[0])).layers)
+    have = psutil.virtual_memory().available
+    if need > have:
+        raise DitAccelError(
+            f"the statistics of {info.name} on {layout} take {need / 1e9:.1f} GB and {have / 1e9:.1f} GB of memory are "
+            f"free; use --bins 1 (now {statistics.bins}) or a larger --block-size (now {statistics.block_size}), or "
+            "free some memory"
+        )
