@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,26 +97,27 @@ def _scheduler_of(target: Any) -> Callable[[], Any]:
 
 
 def install() -> None:
-    """Give diffusers pipelines and models the two methods, once per process; a missing diffusers is left alone."""
-    try:
-        from diffusers import DiffusionPipeline, ModelMixin
-        from diffusers.models.cache_utils import CacheMixin
-    except ImportError:
-        return
-    pipelines = [DiffusionPipeline]
-    with contextlib.suppress(ImportError):
-        from diffusers import ModularPipeline
-
-        pipelines.append(ModularPipeline)
-    for cls in pipelines:
+    """Give diffusers pipelines and models the two methods, once per process; what this diffusers lacks is skipped."""
+    for name in ("DiffusionPipeline", "ModularPipeline"):
+        pipeline = _piece("diffusers", name)
         for method in (set_attn_processor, reset_attn_processor):
-            if not hasattr(cls, method.__name__):
-                setattr(cls, method.__name__, method)
-    if "reset_attn_processor" not in vars(ModelMixin):
+            if pipeline is not None and not hasattr(pipeline, method.__name__):
+                setattr(pipeline, method.__name__, method)
+    model = _piece("diffusers", "ModelMixin")
+    if model is not None and not hasattr(model, "reset_attn_processor"):
         # ModelMixin precedes AttentionMixin in every model's bases, so one method serves models with and without it.
-        ModelMixin.set_attn_processor = _model_set_attn_processor(ModelMixin)
-        ModelMixin.reset_attn_processor = reset_attn_processor
-        CacheMixin.cache_context = _told(CacheMixin.cache_context)
+        model.set_attn_processor = _model_set_attn_processor(model)
+        model.reset_attn_processor = reset_attn_processor
+        caching = _piece("diffusers.models.cache_utils", "CacheMixin")
+        if caching is not None:
+            caching.cache_context = _told(caching.cache_context)
+
+
+def _piece(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError):  # diffusers turns failed lazy imports into RuntimeError
+        return None
 
 
 def _model_set_attn_processor(mixin: type) -> Callable:

@@ -24,6 +24,8 @@ class Family:
     the arguments do not tell. ``by_value``: it reads tensor values, so it is kept while the same tensors are passed.
     ``joint``: text tokens are part of the sequence. ``timestep``: the argument with the timestep;
     ``timestep_scale`` times it is a value of the scheduler's timesteps. ``image``: never more than one frame.
+    ``cross_sites``: regular expression over module names, the cross-attention to text where it is a module of its own;
+    processors leave it stock, whole jobs such as FreeSwim may want it.
     """
 
     name: str
@@ -36,11 +38,20 @@ class Family:
     timestep: str = "timestep"
     timestep_scale: float = 1.0
     image: bool = False
+    cross_sites: str = ""
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """(name, module) of every site, in forward order."""
-        pattern = re.compile(self.sites)
-        return [(name, module) for name, module in model.named_modules() if pattern.fullmatch(name)]
+        return _matching(model, self.sites)
+
+    def find_cross_sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(name, module) of every cross-attention site, in forward order; empty for families without."""
+        return _matching(model, self.cross_sites)
+
+
+def _matching(model: nn.Module, sites: str) -> list[tuple[str, nn.Module]]:
+    pattern = re.compile(sites)
+    return [(name, module) for name, module in model.named_modules() if name and pattern.fullmatch(name)]
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -149,6 +160,7 @@ for _family in (
         name="wan",
         models=("WanTransformer3DModel",),
         sites=r"blocks\.\d+\.attn1",
+        cross_sites=r"blocks\.\d+\.attn2",
         reads=("hidden_states",),
         layout=_wan,
     ),
@@ -172,6 +184,7 @@ for _family in (
         name="ltx",
         models=("LTXVideoTransformer3DModel",),
         sites=r"transformer_blocks\.\d+\.attn1",
+        cross_sites=r"transformer_blocks\.\d+\.attn2",
         reads=("num_frames", "height", "width"),
         layout=_ltx,
     ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from . import ops
+from .caches import snapshot
 
 try:
     from torch._dynamo.eval_frame import skip_code
@@ -43,7 +45,7 @@ class Before(_Hook):
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         seat = self.seat
         if not torch.compiler.is_compiling():
-            seat.begin(args, kwargs)
+            seat.begin(model, args, kwargs)
             return None
         timestep, read = seat.read(args, kwargs)
         timestep = ops.begin_forward(timestep, seat.handle, *ops.pack(read))
@@ -59,7 +61,7 @@ class After(_Hook):
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        return self.seat.finish(model, args, kwargs)
+        return self.seat.finish()
 
 
 for _hook in (Before, After):
@@ -77,18 +79,30 @@ class Seat:
         self.timestep = engine.family.timestep
         self.reads = engine.family.reads
         self.positions = {name: i for i, name in enumerate(list(inspect.signature(type(model).forward).parameters)[1:])}
+        self._again: Callable[[], Any] | None = None
         self._removers = [
             model.register_forward_pre_hook(Before(self), with_kwargs=True),
             model.register_forward_hook(After(self), with_kwargs=True),
         ]
 
     @torch.compiler.disable
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the engine, and keep what a repeat would need: caches and argument dictionaries change on the way."""
         self.engine.begin(*self.read(args, kwargs))
+        restore = snapshot(model)
+        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+
+        def again() -> Any:
+            restore()
+            return model.forward(*args, **kwargs)
+
+        self._again = again
 
     @torch.compiler.disable
-    def finish(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self.engine.finish(lambda: model.forward(*args, **kwargs))
+    def finish(self) -> Any:
+        """The output of the repeated forward, or None where none was needed."""
+        again, self._again = self._again, None
+        return self.engine.finish(again)
 
     def read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         """The timestep and what the family's layout wants."""

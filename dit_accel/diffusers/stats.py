@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..plans import Plan
 
-# Dense on purpose; every other reason is a fallback.
-INTENDED = frozenset({"schedule", "baseline", "cross"})
+# Dense on purpose; every other reason is a fallback. "guide": the full path of FreeSwim.
+INTENDED = frozenset({"schedule", "baseline", "cross", "guide"})
 
 
 @dataclass

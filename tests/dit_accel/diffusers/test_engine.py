@@ -14,7 +14,7 @@ SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
 
 @pytest.fixture
 def wan():
-    model, call, layout = tiny_transformer("wan")
+    model, call, _ = tiny_transformer("wan")
     with torch.no_grad():
         yield model, call, model(**call).sample
 
@@ -162,7 +162,7 @@ def test_on_unsupported_error_raises(wan):
 
 
 def test_a_backend_set_meanwhile_reaches_the_dense_path_and_stays(wan):
-    model, call, stock = wan
+    model, _, _ = wan
     before = model.blocks[0].attn1.processor
     model.set_attn_processor(AllBlocksProcessor(**{**SPARSE, "schedule": Schedule(first=5)}))
     model.blocks[0].attn1.set_attention_backend("_native_math")
