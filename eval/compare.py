@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..pipelines.compare import Pair
 from ..pipelines.generate import Result
 from .fidelity import fidelity
 from .speed import EMULATED, amdahl, effective_density, summary
+
+# A process that gets less of its threads' cores than this was waiting for other work.
+STARVED = 0.6
 
 
 def judge(pair: Pair) -> dict[str, Any]:
@@ -15,7 +20,8 @@ def judge(pair: Pair) -> dict[str, Any]:
 
     ``seconds``: medians by side and phase. ``speedup``: dense over accelerated, same phase. ``attention_share``:
     attention's part of the dense loop. ``bound``: what that share and the effective density allow. ``fidelity``:
-    PSNR and SSIM of the raw frames. ``speedup`` is None, with ``refused`` saying why, where only emulation ran.
+    PSNR and SSIM of the raw frames. ``doubts``: reasons to distrust the timings. ``speedup`` is None, with
+    ``refused`` saying why, where only emulation ran.
     """
     dense, fast = _medians(pair.dense), _medians(pair.fast)
     attention = pair.fast[-1].attention
@@ -39,7 +45,35 @@ def judge(pair: Pair) -> dict[str, Any]:
         "bound": None if share is None or effective is None else amdahl(share, effective),
         "fidelity": fidelity(pair.dense[-1].frames, pair.fast[-1].frames).to_dict(),
     }
+    result["doubts"] = _doubts(result, [*pair.dense, *pair.fast])
     return result | ({"refused": refused} if refused else {})
+
+
+def summarise(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several comparisons as one: median speed-ups, mean and worst fidelity. Empty speed-ups where any was refused."""
+    speedups = [v["speedup"] or {} for v in verdicts]
+    names = set.intersection(*(set(s) for s in speedups))
+    psnr = [v["fidelity"]["psnr"] for v in verdicts]
+    ssim = [v["fidelity"]["ssim"] for v in verdicts if v["fidelity"]["ssim"] is not None]
+    return {
+        "videos": len(verdicts),
+        "speedup": {name: float(summary([s[name] for s in speedups])["median"]) for name in sorted(names)},
+        "psnr": {"mean": sum(psnr) / len(psnr), "min": min(psnr)},
+        "ssim": {"mean": sum(ssim) / len(ssim), "min": min(ssim)} if ssim else None,
+    }
+
+
+def _doubts(verdict: dict[str, Any], results: list[Result]) -> list[str]:
+    """Why the timings should not be trusted, if there is a reason."""
+    doubts = []
+    cores = [r.cores for r in results if r.cores is not None]
+    if cores and min(cores) < STARVED * torch.get_num_threads():
+        threads = torch.get_num_threads()
+        doubts.append(f"other work kept the CPU busy: {min(cores):.2f} to {max(cores):.2f} cores for {threads} threads")
+    gain, bound = (verdict["speedup"] or {}).get("loop"), verdict["bound"]
+    if gain and bound and gain > bound * 1.03:
+        doubts.append(f"the loop gained {gain:.2f}x, more than the bound of {bound:.2f}x: timing noise")
+    return doubts
 
 
 def _medians(results: list[Result]) -> dict[str, float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..diffusers.families import known_families
 from ..errors import UnsupportedError, UsageError
 from ..functional import plan
 from ..layout import Layout
 from ..methods import Method, find
 from ..processors import Processor
 from ..schedule import Schedule
+from .model import ModelInfo
 
 DENSE = "dense"
 MISS = 0.2
@@ -49,36 +51,45 @@ class Choice:
         return self.processor.method.name if self.processor else DENSE
 
 
-def choose(
-    accel: Acceleration, *, layout: Layout | None, frames: int, steps: int, is_video: bool, defaults: dict[str, Any]
-) -> Choice:
-    """Decide for one shot of ``frames`` frames and ``steps`` steps; ``layout`` holds its video tokens, if known.
+def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frames: int, steps: int) -> Choice:
+    """Decide for one shot of ``frames`` frames and ``steps`` steps; ``layout`` holds its tokens, if known.
 
     Raises ``UsageError`` for values that cannot be, ``UnsupportedError`` where the method named has no meaning here.
     """
     if accel.density is not None and not 0 < accel.density <= 1:
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
-    name, notes = accel.method, []
-    if name is None:
-        name = "radial" if frames > 1 else DENSE
-        if name == DENSE:
-            kind = "a single frame" if is_video else "an image model"
-            notes.append(f"dense attention: {kind} has no default method yet; name one with --method")
+    name, why = (accel.method, None) if accel.method else _default(info, frames)
     schedule = _schedule(accel, steps)
     if name.lower() == DENSE:
-        _refuse_leftovers(accel)
-        return Choice(None, 1.0, tuple(notes))
-    method = _method(name, accel, defaults)
+        _refuse_leftovers(accel, why)
+        return Choice(None, 1.0, (f"dense attention: {why}",) if why else ())
+    method, notes = _method(name, accel, info.defaults), []
     if layout is not None:
         method.check(layout)
     elif frames < 2:
         method.check(Layout(grid=(1, 1, 64)))
+    if info.family is None:
+        known = ", ".join(sorted(model for family in known_families() for model in family.models))
+        raise UnsupportedError(
+            f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
+            f"register a row (dit_accel.diffusers.register_family). Known: {known}"
+        )
     method, density, miss = _with_density(method, accel.density, layout)
     notes += miss
     dense = len(schedule.dense_steps(steps))
     if dense >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
     return Choice(Processor(method, schedule=schedule, backend=accel.backend), density, tuple(notes))
+
+
+def _default(info: ModelInfo, frames: int) -> tuple[str, str | None]:
+    """The default method, and why it is dense where it is."""
+    if info.family is None:
+        return DENSE, f"no family row knows {info.transformer_class}, so nothing can be accelerated"
+    if frames > 1:
+        return "radial", None
+    kind = "a single frame" if info.is_video else "an image model"
+    return DENSE, f"{kind} has no default method yet; name one with --method"
 
 
 def _schedule(accel: Acceleration, steps: int) -> Schedule:
@@ -129,7 +140,7 @@ def planned_density(method: Method, layout: Layout | None) -> float | None:
     return float(plan(None, None, None, method, layout=layout).density)
 
 
-def _refuse_leftovers(accel: Acceleration) -> None:
+def _refuse_leftovers(accel: Acceleration, why: str | None) -> None:
     given = [
         flag
         for flag, value in (
@@ -144,5 +155,5 @@ def _refuse_leftovers(accel: Acceleration) -> None:
         return
     which = f"{', '.join(given)} set{'s' if len(given) == 1 else ''} a sparse method"
     if accel.method is None:
-        raise UsageError(f"{which}, and there is no default one for a single image; name one with --method")
+        raise UsageError(f"{which}, and there is none by default: {why}")
     raise UsageError(f"{which}, and --method dense has none; leave {'it' if len(given) == 1 else 'them'} out")

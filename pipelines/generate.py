@@ -18,12 +18,16 @@ from .phases import Clock, timed
 
 @dataclass
 class Result:
-    """``frames``: float32 (T, H, W, 3) in [0, 1], before any codec. ``seconds`` by phase. ``attention``: as counted."""
+    """``frames``: float32 (T, H, W, 3) in [0, 1], before any codec. ``seconds`` by phase. ``attention``: as counted.
+
+    ``peak_memory``: bytes on the GPU. ``cores``: CPU cores that this process had on average, for CPU runs.
+    """
 
     frames: np.ndarray
     seconds: dict[str, float]
     attention: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
+    cores: float | None = None
 
 
 def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int | None = None) -> Result:
@@ -42,11 +46,12 @@ def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int |
     clock = Clock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     with timed(pipe, clock):
         output = pipe(**call, generator=torch.Generator("cpu").manual_seed(shot.seed))
     total = clock.now() - start
     seconds = {"total": total, **clock.seconds}
+    cores = (time.process_time() - busy) / total if device.type == "cpu" else None
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     frames = _frames(output)
     if steps is None:
@@ -56,7 +61,7 @@ def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int |
         value = attention.pop(key, None)
         if value is not None:
             seconds[name] = value
-    return Result(frames, seconds, attention, peak)
+    return Result(frames, seconds, attention, peak, cores)
 
 
 def _frames(output: Any) -> np.ndarray:

@@ -47,13 +47,14 @@ class Geometry:
             f"the nearest allowed counts are {below} and {below + factor}"
         )
 
-    def layout(self, width: int, height: int, frames: int) -> Layout | None:
-        """The video tokens of one forward, without text; None where the configuration does not say."""
+    def layout(self, width: int, height: int, frames: int, text: int = 0) -> Layout | None:
+        """The tokens of one forward, ``text`` of them text; None where the configuration does not say."""
         if self.spatial is None or self.patch is None:
             return None
         t, h, w = self.patch
         latent = (frames - 1) // (self.temporal or 1) + 1
-        return Layout(grid=(math.ceil(latent / t), height // self.spatial // h, width // self.spatial // w))
+        grid = (math.ceil(latent / t), height // self.spatial // h, width // self.spatial // w)
+        return Layout(grid=grid, text=text)
 
 
 def geometry(info: ModelInfo) -> Geometry:

@@ -157,10 +157,14 @@ def _shot(job: Job, info: ModelInfo, geo: Geometry, number: int, prompt: Prompt)
     }
     stated = {"negative_prompt": (prompt.negative, job.negative), "guidance_scale": (prompt.guidance, job.guidance)}
     _check_accepted(info, {name: _first(*values) for name, values in stated.items()})
-    layout = geo.layout(width, height, frames) if width else None
-    choice = choose(
-        job.accel, layout=layout, frames=frames, steps=steps, is_video=info.is_video, defaults=info.defaults
-    )
+    words = _default(info, "max_sequence_length") if info.family and info.family.joint else 0
+    layout = geo.layout(width, height, frames, words or 0) if width else None
+    choice = choose(job.accel, info, layout=layout, frames=frames, steps=steps)
+    if job.compare and choice.processor is None:
+        raise UsageError(
+            f"--compare sets a method against dense attention, and line {prompt.line} runs dense"
+            + "".join(f" ({note})" for note in choice.notes)
+        )
     return Shot(
         number=number,
         stem=f"{number:04d}-{slug(prompt.text)}-s{seed}",
@@ -184,8 +188,6 @@ def _check_job(job: Job, info: ModelInfo) -> None:
         raise UsageError(f"--guidance must be a finite number; got {job.guidance}")
     if job.repeats < 1:
         raise UsageError(f"--repeats must be at least 1; got {job.repeats}")
-    if job.compare and job.accel.method == "dense":
-        raise UsageError("--compare sets a method against dense attention; --method dense leaves nothing to compare")
 
 
 def _check_accepted(info: ModelInfo, given: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..diffusers.families import Family, known_families
 from ..errors import UnsupportedError, UsageError
 
 BUNDLED = "bundled"
@@ -42,6 +43,19 @@ class ModelInfo:
         """Parameter name -> default (``inspect.Parameter.empty`` without one) of the pipeline's ``__call__``."""
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
         return {name: p.default for name, p in parameters.items()}
+
+    @functools.cached_property
+    def family(self) -> Family | None:
+        """How attention is accelerated on this transformer; None where no row knows its class."""
+        import diffusers
+
+        cls = getattr(diffusers, str(self.transformer.get("_class_name")), object)
+        rows = {model: family for family in known_families() for model in family.models}
+        return next((rows[base.__name__] for base in cls.__mro__ if base.__name__ in rows), None)
+
+    @property
+    def transformer_class(self) -> str:
+        return self.transformer.get("_class_name") or "its transformer"
 
     @property
     def is_video(self) -> bool:

@@ -59,6 +59,8 @@ class Plan:
     dtype: torch.dtype
     outcomes: list[Outcome] = field(default_factory=list)
 
+    compiled: bool = False
+
     @property
     def todo(self) -> list[Outcome]:
         return [o for o in self.outcomes if o.status == PENDING]
@@ -98,7 +100,10 @@ def render(plan: Plan, *, judge: Judge | None = None, listen: Listener | None = 
     if not plan.todo:
         return
     tell("loading", {"model": plan.info.name, "device": str(plan.device)})
-    pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), offload=plan.job.offload)
+    try:
+        pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), offload=plan.job.offload)
+    except torch.OutOfMemoryError as error:
+        raise DitAccelError(describe(error)) from error
     for outcome in plan.todo:
         pipe.set_progress_bar_config(disable=not progress, desc=outcome.shot.stem[:40], leave=False, dynamic_ncols=True)
         tell("start", {"outcome": outcome})
@@ -137,6 +142,7 @@ def _one(pipe: Any, plan: Plan, outcome: Outcome, judge: Judge | None, tell: Lis
         record["compare"] = judge(pair) if judge else {}
     else:
         result = generate(pipe, shot, shot.choice.processor)
+        record["notes"] += _compiling(plan, result)
     record["attention"], record["seconds"] = result.attention, dict(result.seconds)
     if result.peak_memory is not None:
         record["peak_memory_bytes"] = result.peak_memory
@@ -144,6 +150,13 @@ def _one(pipe: Any, plan: Plan, outcome: Outcome, judge: Judge | None, tell: Lis
     record["versions"] = sidecar.versions()
     _write(job, outcome, result, pair, record)
     return record
+
+
+def _compiling(plan: Plan, result: Result) -> list[str]:
+    """What to say about the first output whose kernels were compiled on the way."""
+    first = not plan.compiled and result.attention.get("tier") in ("flex", "triton")
+    plan.compiled = plan.compiled or first
+    return ["the times of this first accelerated output include compiling its kernels"] if first else []
 
 
 def _write(job: Job, outcome: Outcome, result: Result, pair: Pair | None, record: dict[str, Any]) -> None:

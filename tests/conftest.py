@@ -7,6 +7,15 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+TRANSFORMERS = {
+    "WanPipeline": "WanTransformer3DModel",
+    "WanImageToVideoPipeline": "WanTransformer3DModel",
+    "HunyuanVideoPipeline": "HunyuanVideoTransformer3DModel",
+    "CogVideoXPipeline": "CogVideoXTransformer3DModel",
+    "FluxPipeline": "FluxTransformer2DModel",
+}
+
+
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory):
     """Folder of a text-to-video WanPipeline: sizes in multiples of 16, frames 1 + 4 n, three layers."""
@@ -64,6 +73,7 @@ def configs_only(tmp_path):
     def write(name, pipeline, vae, transformer, parts=("transformer", "vae")):
         folder = tmp_path / name
         index = {"_class_name": pipeline, **{part: ["diffusers", "Any"] for part in parts}}
+        transformer = {"_class_name": TRANSFORMERS.get(pipeline), **transformer}
         for file, data in (("model_index", index), ("vae/config", vae), ("transformer/config", transformer)):
             path = folder / f"{file}.json"
             path.parent.mkdir(parents=True, exist_ok=True)

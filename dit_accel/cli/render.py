@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import attention
+
 HELP = "render every prompt of a file to a video or image"
 DESCRIPTION = "Render every prompt of a file to a video (mp4) or image (png), each with a JSON record beside it."
 EXAMPLES = """prompt file: one prompt per line; # starts a comment; a line may be JSON to set more for that prompt:
@@ -31,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: bfloat16 on a GPU, else float32)")
     add("--offload", action="store_true", help="keep each part of the model on the CPU until it runs")
 
-    add = parser.add_argument_group("attention").add_argument
-    add("--method", metavar="NAME", help="a method of `dit-accel methods`, or dense (default: radial for video)")
-    add("--density", type=float, metavar="D", help="kept fraction of attention in (0, 1]; solves the method's knobs")
-    add("--dense-steps", metavar="N|F", help="leading steps left dense, a count or a fraction (default: 0.25)")
-    add("--dense-layers", metavar="N|I,J", help="leading layers left dense, or a list of layer indices (default: 0)")
-    add("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; repeatable")
-    add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
+    attention.add_arguments(parser)
 
     add = parser.add_argument_group("sampling (default: the model's own)").add_argument
     add("--steps", type=int, metavar="N", help="denoising steps")
@@ -63,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .console import Console, emit
-    from .render_report import end_of_job, planned, show
+    from .render_report import end_of_job, planned, show, summary_report
 
     console = Console(json=args.json, quiet=args.quiet)
     job = _job(args)
@@ -81,11 +77,25 @@ def run(args: argparse.Namespace) -> int:
         render(plan, judge=_judge(job), listen=show(console), progress=console.progress)
     except KeyboardInterrupt:
         interrupted = True
+    summary = _summary(plan)
+    if summary:
+        for line in summary_report(summary):
+            console.say(line)
     code = end_of_job(console, plan, interrupted=interrupted)
     if args.json:
         videos = [o.to_dict() for o in plan.outcomes]
-        emit("render", {"ok": code == 0, "interrupted": interrupted, "videos": videos})
+        emit("render", {"ok": code == 0, "interrupted": interrupted, "videos": videos, "summary": summary})
     return code
+
+
+def _summary(plan: Any) -> dict[str, Any] | None:
+    """The comparisons of a job as one, skipped ones included; None for fewer than two."""
+    verdicts = [o.record["compare"] for o in plan.outcomes if o.record and o.record.get("compare")]
+    if len(verdicts) < 2:
+        return None
+    from ..eval.compare import summarise
+
+    return summarise(verdicts)
 
 
 def _judge(job: Any):
@@ -102,22 +112,13 @@ def _job(args: argparse.Namespace) -> Any:
     # Reading the prompts first reports a wrong path before torch has been loaded.
     prompts = tuple(read_prompts(args.prompts))
     size = parse_size(args.size) if args.size else None
-    from ..pipelines.acceleration import Acceleration
     from ..pipelines.job import Job
 
-    accel = Acceleration(
-        method=args.method,
-        density=args.density,
-        dense_steps=_steps(args.dense_steps),
-        dense_layers=_layers(args.dense_layers),
-        parameters=dict(_parameter(p) for p in args.param),
-        backend=args.backend,
-    )
     return Job(
         prompts=prompts,
         out=Path(args.out),
         model=args.model,
-        accel=accel,
+        accel=attention.chosen(args),
         steps=args.steps,
         guidance=args.guidance,
         negative=args.negative_prompt,
@@ -136,48 +137,6 @@ def _job(args: argparse.Namespace) -> Any:
         dtype=args.dtype,
         offload=args.offload,
     )
-
-
-def _steps(text: str | None) -> int | float | None:
-    from ..errors import UsageError
-
-    if text is None:
-        return None
-    try:
-        value = int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        value = -1
-    if value < 0 or (isinstance(value, float) and not value <= 1):
-        raise UsageError(f"--dense-steps is a count (3) or a fraction of the run (0.25); got {text!r}")
-    return value
-
-
-def _layers(text: str | None) -> int | frozenset[int] | None:
-    from ..errors import UsageError
-
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() for part in parts):
-        raise UsageError(f"--dense-layers is a count of leading layers (2) or a list of indices (0,1,5); got {text!r}")
-    return int(parts[0]) if "," not in text else frozenset(int(part) for part in parts)
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    import json
-
-    from ..errors import UsageError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"--param is NAME=VALUE, like --param block_size=64; got {text!r}")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    if isinstance(parsed, list):
-        parsed = tuple(parsed)
-    return name.strip().replace("-", "_"), parsed
 
 
 def _calm_libraries(console: Any) -> None:

@@ -65,6 +65,9 @@ def show(console: Console) -> Callable[[str, dict[str, Any]], None]:
         console.say(f"{outcome.file}  {seconds_line(record['seconds'])}")
         for line in [*attention_report(record["attention"]), *compare_report(record.get("compare"))]:
             console.say(f"  {line}")
+        for note in record["notes"]:
+            if note not in outcome.shot.choice.notes:
+                console.say(f"  {note}")
 
     return listen
 
@@ -108,6 +111,7 @@ def compare_report(compare: dict[str, Any] | None) -> list[str]:
             f"attention is {compare['attention_share']:.0%} of the dense loop; at effective density "
             f"{compare['effective_density']:.3f} the loop can gain at most {compare['bound']:.2f}x"
         )
+    lines += [f"doubtful: {doubt}; measure again on a quiet machine, with --repeats 3" for doubt in compare["doubts"]]
     warm = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in compare["warmup_seconds"].items())
     lines.append(f"warm-up, compilation included, not in these times: {warm}; run order {', '.join(compare['order'])}")
     same = compare["fidelity"]
@@ -116,6 +120,15 @@ def compare_report(compare: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def summary_report(summary: dict[str, Any]) -> list[str]:
+    """Several comparisons in two lines."""
+    gains = ", ".join(f"{_GAINS[name]} {value:.2f}x" for name, value in summary["speedup"].items() if name in _GAINS)
+    lines = [f"over {summary['videos']} outputs, median speed-up: {gains}"] if gains else []
+    ssim = f", SSIM mean {summary['ssim']['mean']:.4f}, worst {summary['ssim']['min']:.4f}" if summary["ssim"] else ""
+    return [*lines, f"PSNR mean {summary['psnr']['mean']:.2f} dB, worst {summary['psnr']['min']:.2f} dB{ssim}"]
+
+
+_GAINS = {"loop": "denoising loop", "attention": "attention", "end_to_end": "end to end"}
 _ROWS = (
     ("denoising loop", "loop", "loop"),
     ("attention", "attention", "attention"),

@@ -101,6 +101,7 @@ def test_a_comparison_prints_the_numbers_and_the_bound(render, tmp_path, capsys)
     record = json.loads((tmp_path / "out" / "0001-a-red-ball-s42.json").read_text())
     assert record["compare"]["fidelity"]["psnr"] < 100
     assert "0001-a-red-ball-s42-dense-vs-random-blocks.mp4" in names(tmp_path / "out")
+    assert "over 2 outputs, median speed-up: " in out
 
 
 def test_a_dry_run_shows_and_writes_nothing(render, tmp_path, capsys):

@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 from dit_accel.pipelines.acceleration import Acceleration, choose
 
+from dit_accel.diffusers import known_families
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Radial, RandomBlocks
@@ -8,10 +11,10 @@ from dit_accel.methods import Radial, RandomBlocks
 VIDEO = Layout(grid=(21, 30, 52))
 
 
-def decide(layout=VIDEO, frames=81, steps=50, is_video=True, defaults=None, **accel):
-    return choose(
-        Acceleration(**accel), layout=layout, frames=frames, steps=steps, is_video=is_video, defaults=defaults or {}
-    )
+def decide(layout=VIDEO, frames=81, steps=50, model="WanTransformer3DModel", is_video=True, defaults=None, **accel):
+    family = next((f for f in known_families() if model in f.models), None)
+    info = SimpleNamespace(is_video=is_video, defaults=defaults or {}, family=family, transformer_class=model)
+    return choose(Acceleration(**accel), info, layout=layout, frames=frames, steps=steps)
 
 
 def test_video_gets_radial_with_its_published_defaults():
@@ -57,7 +60,7 @@ def test_dense_by_name():
 def test_settings_of_a_method_without_a_method(accel):
     with pytest.raises(UsageError, match="--method dense has none"):
         decide(method="dense", **accel)
-    with pytest.raises(UsageError, match="no default one for a single image"):
+    with pytest.raises(UsageError, match="there is none by default: a single frame has no default method"):
         decide(frames=1, layout=Layout(grid=(1, 4, 4)), **accel)
 
 
@@ -114,3 +117,12 @@ def test_dense_steps_and_layers():
 
 def test_a_schedule_that_leaves_nothing_sparse_is_told():
     assert "all 4 steps run dense" in decide(steps=4, dense_steps=4).notes[0]
+
+
+def test_a_transformer_that_no_family_knows_is_dense_by_default_and_it_is_said():
+    choice = decide(model="NoSuchTransformer")
+    assert choice.processor is None
+    assert "no family row knows NoSuchTransformer" in choice.notes[0]
+    assert decide(model="NoSuchTransformer", method="dense").notes == ()
+    with pytest.raises(UnsupportedError, match=r"radial cannot run on NoSuchTransformer.*--method dense.*Known: .*Wan"):
+        decide(model="NoSuchTransformer", method="radial")

@@ -1,8 +1,10 @@
 import pytest
-from dit_accel.eval.compare import judge
+import torch
+from dit_accel.eval.compare import judge, summarise
 from dit_accel.eval.fidelity import psnr
 from dit_accel.pipelines.acceleration import Acceleration
 from dit_accel.pipelines.compare import compare
+from dit_accel.pipelines.generate import Result
 from dit_accel.pipelines.job import Job, resolve
 from dit_accel.pipelines.load import load
 from dit_accel.pipelines.model import inspect_model
@@ -116,5 +118,28 @@ def test_the_job_writes_both_videos_and_the_verdict(tiny_wan, tmp_path):
 
 
 def test_comparing_dense_with_itself_is_refused(tiny_wan, tmp_path):
-    with pytest.raises(UsageError, match="nothing to compare"):
+    with pytest.raises(UsageError, match="line 1 runs dense"):
         plan_job(job(tiny_wan, tmp_path, accel=Acceleration(method="dense")))
+
+
+def test_doubts_are_told():
+    from dit_accel.eval import compare as module
+
+    fair = {"speedup": {"loop": 1.5}, "bound": 1.6}
+    assert module._doubts(fair, [Result(None, {}, cores=float(torch.get_num_threads()))]) == []
+    assert "more than the bound of 1.60x" in module._doubts({"speedup": {"loop": 1.8}, "bound": 1.6}, [])[0]
+    assert "kept the CPU busy" in module._doubts(fair, [Result(None, {}, cores=0.1)])[0]
+    assert module._doubts({"speedup": None, "bound": None}, []) == []
+
+
+def test_several_comparisons_as_one():
+    verdicts = [
+        {"speedup": {"loop": gain, "attention": 2 * gain}, "fidelity": {"psnr": psnr, "ssim": 0.9}}
+        for gain, psnr in ((1.0, 20.0), (1.5, 30.0), (1.2, 25.0))
+    ]
+    result = summarise(verdicts)
+    assert result["speedup"] == {"attention": 2.4, "loop": 1.2}
+    assert result["psnr"] == {"mean": 25.0, "min": 20.0}
+    assert result["ssim"]["mean"] == pytest.approx(0.9)
+    verdicts[1] |= {"speedup": None}
+    assert summarise(verdicts)["speedup"] == {}

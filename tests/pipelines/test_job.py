@@ -63,7 +63,7 @@ def test_job_beats_model_and_prompt_beats_job(wan):
         ({"guidance": float("inf")}, "--guidance must be a finite"),
         ({"repeats": 0}, "--repeats must be at least 1"),
         ({"image": "/nowhere.png"}, "--image: no file at /nowhere.png"),
-        ({"compare": True, "accel": Acceleration(method="dense")}, "leaves nothing to compare"),
+        ({"compare": True, "accel": Acceleration(method="dense")}, "line 1 runs dense"),
     ],
 )
 def test_values_that_cannot_work(wan, settings, message):
@@ -121,3 +121,21 @@ def test_the_digest_follows_the_image_file(configs_only, tmp_path):
         json.dumps(settings)
         digests.add(digest(settings))
     assert len(digests) == 2
+
+
+def test_a_comparison_of_an_image_without_a_method_is_refused(wan):
+    with pytest.raises(UsageError, match=r"line 1 runs dense .*a single frame has no default method"):
+        resolve(job(compare=True, frames=1), wan)
+
+
+def test_joint_text_counts_in_the_planned_density(configs_only):
+    vae = {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
+    folder = configs_only("h", "HunyuanVideoPipeline", vae, {"patch_size": 2, "patch_size_t": 1})
+    (shot,) = resolve(job(size=(512, 320), frames=33), inspect_model(str(folder)))
+    assert shot.choice.density > resolve(job(size=(512, 320), frames=33), _without_text(folder))[0].choice.density
+
+
+def _without_text(folder):
+    info = inspect_model(str(folder))
+    info.call_arguments["max_sequence_length"] = 0
+    return info
