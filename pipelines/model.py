@@ -97,6 +97,7 @@ def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
         source, revision = str(folder), None
     elif Path(model).is_dir():
         folder, source, revision = Path(model), str(model), None
+        defaults = _json(folder / "mini.json")  # a mini model trained elsewhere brings its own
     else:
         folder = _hub_configs(model)
         source = model

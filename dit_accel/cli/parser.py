@@ -8,8 +8,16 @@ import sys
 
 from .. import __version__
 from . import calibrate, doctor, mask, methods, render
+from . import eval as eval_command
 
-COMMANDS = {"render": render, "eval": eval_command, "mask": mask, "calibrate": calibrate, "doctor": doctor, "methods": methods}
+COMMANDS = {
+    "render": render,
+    "eval": eval_command,
+    "mask": mask,
+    "calibrate": calibrate,
+    "doctor": doctor,
+    "methods": methods,
+}
 
 _EXAMPLES = """examples:
   dit-accel render prompts.txt

@@ -1,0 +1,72 @@
+"""The arguments that say how attention runs, shared by the commands that render."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("attention").add_argument
+    add("--method", metavar="NAME", help="a method of `dit-accel methods`, or dense (default: radial for video)")
+    add("--density", type=float, metavar="D", help="kept fraction of attention in (0, 1]; solves the method's knobs")
+    add("--dense-steps", metavar="N|F", help="leading steps left dense, a count or a fraction (default: 0.25)")
+    add("--dense-layers", metavar="N|I,J", help="leading layers left dense, or a list of layer indices (default: 0)")
+    add("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; repeatable")
+    add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
+
+
+def chosen(args: argparse.Namespace) -> Any:
+    """The :class:`~dit_accel.pipelines.acceleration.Acceleration` that the arguments ask for."""
+    from ..pipelines.acceleration import Acceleration
+
+    return Acceleration(
+        method=args.method,
+        density=args.density,
+        dense_steps=_steps(args.dense_steps),
+        dense_layers=_layers(args.dense_layers),
+        parameters=dict(_parameter(p) for p in args.param),
+        backend=args.backend,
+    )
+
+
+def _steps(text: str | None) -> int | float | None:
+    from ..errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        value = int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        value = -1
+    if value < 0 or (isinstance(value, float) and not value <= 1):
+        raise UsageError(f"--dense-steps is a count (3) or a fraction of the run (0.25); got {text!r}")
+    return value
+
+
+def _layers(text: str | None) -> int | frozenset[int] | None:
+    from ..errors import UsageError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise UsageError(f"--dense-layers is a count of leading layers (2) or a list of indices (0,1,5); got {text!r}")
+    return int(parts[0]) if "," not in text else frozenset(int(part) for part in parts)
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import json
+
+    from ..errors import UsageError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--param is NAME=VALUE, like --param block_size=64; got {text!r}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    if isinstance(parsed, list):
+        parsed = tuple(parsed)
+    return name.strip().replace("-", "_"), parsed

@@ -1,0 +1,72 @@
+"""The suite's job, with rendering replaced by the drawn world."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cv2", reason="grading needs OpenCV")
+
+from pathlib import Path
+
+from dit_accel.eval.shapes import job as module
+from dit_accel.eval.shapes.suite import Suite, prompts, table
+from dit_accel.pipelines.acceleration import Acceleration
+from dit_accel.pipelines.job import Job
+from dit_accel.pipelines.mini.captions import parse
+from dit_accel.pipelines.mini.world import draw
+
+from dit_accel.errors import UsageError
+
+TEXTS = tuple(prompts("mini-12")[:3])
+DIMENSIONS = ("color", "motion")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Dense draws the caption; the accelerated side draws the first frame only, so that nothing moves."""
+    made = []
+
+    def generate(pipe, shot, processor):
+        made.append((shot.prompt, shot.seed, processor is not None))
+        video = draw(parse(shot.prompt), 17)
+        frames = (np.repeat(video[:1], 17, 0) if processor else video).astype(np.float32) / 255
+        return SimpleNamespace(frames=frames, attention={"tier": "gather", "density": 0.2})
+
+    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "load", lambda *a, **k: SimpleNamespace(set_progress_bar_config=lambda **k: None))
+    return made
+
+
+def job(**kwargs):
+    return Job(prompts=(), out=Path("."), accel=Acceleration(**kwargs))
+
+
+def test_it_grades_writes_and_continues(tmp_path, calls):
+    out = tmp_path / "rows.json"
+    dense = job(method="dense")
+    module.evaluate(Suite(TEXTS[:2], dimensions=DIMENSIONS), dense, out=out)
+    result = module.evaluate(Suite(TEXTS, dimensions=DIMENSIONS), dense, out=out)
+    assert [prompt for prompt, _, _ in calls] == list(TEXTS)
+    summary = result["summary"]["dense"]
+    assert summary["color_and_motion"] == 3
+    assert json.loads(out.read_text())["summary"]["dense"] == summary
+    assert "| color | 1.000 | 1.000 to 1.000 | 100% | 3 |" in table(summary)
+
+
+def test_pairs_share_prompt_and_seed(calls):
+    result = module.evaluate(Suite(TEXTS, seeds=(3,), dimensions=DIMENSIONS, compare=True), job())
+    assert calls == [(text, 3, fast) for text in TEXTS for fast in (False, True)]
+    assert set(result["summary"]) == {"dense", "radial"}
+    assert result["paired"]["color"]["mean"] == pytest.approx(0)
+    assert result["paired"]["motion"]["mean"] == pytest.approx(-1)
+    assert result["paired"]["psnr"]["videos"] == 3
+    assert {row["tier"] for row in result["rows"] if row["side"] == "radial"} == {"gather"}
+
+
+def test_rows_of_other_settings_are_refused(tmp_path, calls):
+    out = tmp_path / "rows.json"
+    module.evaluate(Suite(TEXTS[:1], dimensions=DIMENSIONS), job(method="dense"), out=out)
+    with pytest.raises(UsageError, match="other settings"):
+        module.evaluate(Suite(TEXTS[:1], dimensions=DIMENSIONS), job(), out=out)
