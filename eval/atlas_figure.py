@@ -39,8 +39,8 @@ def draw(panels: Sequence[Panel], *, title: str | None = None) -> Any:
     one = len(panels) == 1
     width, height = (10.6, 5.5) if one else (0.3 + 4.3 * len(panels), 8.0)
     figure = figure_class(figsize=(width, height), facecolor="white")
-    above = 1 - 0.14 / height
-    figure.text(0.14 / width, above, title or _title(panels[0]), size=12, weight="bold", color=INK, va="top")
+    title = textwrap.shorten(title or _title(panels[0]), round(9 * (width - 4)), placeholder=" ...")
+    figure.text(0.14 / width, 1 - 0.14 / height, title, size=12, weight="bold", color=INK, va="top")
     for number, panel in enumerate(panels):
         left = 0.14 + 4.3 * number
         boxes = SINGLE if one else tuple((left + x, *rest) for x, *rest in COLUMN)
@@ -81,7 +81,7 @@ def _relative(box: tuple[float, ...], width: float, height: float) -> tuple[floa
 def _title(panel: Panel) -> str:
     t, h, w = panel.layout.grid
     text = f" + {panel.outside} text" if panel.outside else ""
-    return f"Which tokens attend to which:  {t} x {h} x {w}{text} = {panel.layout.tokens:,} tokens"
+    return f"{t} x {h} x {w}{text} = {panel.layout.tokens:,} tokens"
 
 
 def _heading(figure: Any, panel: Panel, x: float, y: float, columns: int) -> None:

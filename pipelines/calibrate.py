@@ -16,6 +16,7 @@ from ..diffusers.families import family_of
 from ..errors import DitAccelError, UsageError
 from ..guard import Guard
 from ..methods.base import check_density
+from ..methods.observe import Listener as Watch
 from ..methods.observe import Observe
 from ..methods.orders import NAMES
 from ..methods.paro_calibration import LayerPlan, calibrate, check_metric, needs_detail
@@ -103,8 +104,8 @@ class Outcome:
 def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progress: bool = True) -> Outcome:
     """Run ``job`` and write its plan. Everything that can be checked is, before weights are loaded.
 
-    ``listen`` hears ``("loading" | "start" | "choosing", {...})``. Raises ``UsageError`` or ``UnsupportedError`` for what
-    cannot work, ``DitAccelError`` where memory for the statistics is short.
+    ``listen`` hears ``("loading" | "start" | "choosing", {...})``. Raises ``UsageError`` or ``UnsupportedError`` for
+    what cannot work, ``DitAccelError`` where memory for the statistics is short.
     """
     tell = listen or (lambda event, data: None)
     statistics = _checked(job)
@@ -116,7 +117,7 @@ def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progr
     pipe = load(info, dtype=dtype, device=str(device), offload=job.offload)
     _refuse_too_large(pipe, statistics, shots[0], info)
     started = time.perf_counter()
-    observe(pipe, shots, statistics, backend=job.backend, tell=tell, progress=progress)
+    observe(pipe, shots, statistics.observe, backend=job.backend, tell=tell, progress=progress)
     ran = time.perf_counter()
     tell("choosing", {"layers": len(statistics.layers)})
     header = describe_run(pipe, info, shots, statistics, job)
@@ -159,16 +160,15 @@ def default_prompts(info: ModelInfo) -> tuple[Prompt, ...]:
 def observe(
     pipe: Any,
     shots: list[Shot],
-    statistics: Statistics,
+    watch: Watch,
     *,
     backend: str = "auto",
     tell: Listener | None = None,
     progress: bool = False,
 ) -> None:
-    """Render ``shots`` densely while ``statistics`` look on. A call that they could not see raises."""
-    method = Observe(statistics.observe)
+    """Render ``shots`` densely while ``watch`` sees every call; one that it cannot see raises."""
     processor = Processor(
-        method, schedule=Schedule.none(), guard=Guard(nonfinite=False), backend=backend, on_unsupported="error"
+        Observe(watch), schedule=Schedule.none(), guard=Guard(nonfinite=False), backend=backend, on_unsupported="error"
     )
     for shot in shots:
         pipe.set_progress_bar_config(disable=not progress, desc=shot.stem[:40], leave=False, dynamic_ncols=True)

@@ -30,6 +30,7 @@ def tiny_wan(tmp_path_factory):
 def tiny_wan_i2v(tmp_path_factory):
     """Folder of a Wan 2.2 style image-to-video pipeline: no image encoder, latents, mask and first frame as input."""
     from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+
     from tiny_models import WAN, tiny_pipeline
 
     parts = tiny_pipeline().components
@@ -45,8 +46,9 @@ def tiny_image(tmp_path_factory):
     """Folder of a text-to-image AuraFlowPipeline: 16x16 by default, sizes in multiples of 4."""
     import torch
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from tiny_models import tiny_tokenizer
     from transformers import UMT5Config, UMT5EncoderModel
+
+    from tiny_models import tiny_tokenizer
 
     torch.manual_seed(0)
     text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)

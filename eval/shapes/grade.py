@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from dit_accel.pipelines.mini.captions import parse
 from dit_accel.pipelines.mini.world import DIAGONALS, DIRECTION, RELATIONS, Scene
 

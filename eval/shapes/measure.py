@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from dit_accel.pipelines.mini import world
-from dit_accel.pipelines.mini.world import COLORS, PATTERNS, RADIUS, SHAPES, TONES, Scene, draw
 
 from dit_accel.errors import UnsupportedError
+from dit_accel.pipelines.mini import world
+from dit_accel.pipelines.mini.world import COLORS, PATTERNS, RADIUS, SHAPES, TONES, Scene, draw
 
 #: Least difference between a pixel's largest and smallest channel (0..255) inside an object; no background exceeds 70.
 CHROMA = 95

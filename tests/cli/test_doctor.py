@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from dit_accel.eval import environment
 
 from dit_accel.cli import main
+from dit_accel.eval import environment
 
 
 @pytest.fixture(autouse=True)

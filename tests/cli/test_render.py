@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from dit_accel.pipelines import render as job
 
 from dit_accel.cli import main
+from dit_accel.pipelines import render as job
 
 
 @pytest.fixture

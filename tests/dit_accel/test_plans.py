@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from dit_accel.kernels import Band, BlockList, Box, Disc, Predicate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import UsageError
+from dit_accel.kernels import Band, BlockList, Box, Disc, Predicate
 from dit_accel.layout import Layout
 from dit_accel.plans import Blocks, Plan, lower
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+
+from dit_accel import Layout, Radial, RandomBlocks, plan
+from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.eval import atlas
 from dit_accel.eval.atlas import FULL, PARTIAL, Panel, layout_for, panel, synthetic_tensors
 from dit_accel.eval.atlas_figure import draw, save
 from dit_accel.eval.method_spec import build, describe
 from dit_accel.kernels import BlockList
-
-from dit_accel import Layout, Radial, RandomBlocks, plan
-from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.methods import REGISTRY, Method
 from dit_accel.plans import Blocks, Plan
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from dit_accel.eval.attention_maps import Distances
 
+from dit_accel.eval.attention_maps import Distances
 from dit_accel.layout import Layout
 from dit_accel.methods import Call
 

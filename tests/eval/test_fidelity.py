@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from dit_accel.eval.fidelity import fidelity, psnr, psnr_global, ssim
 
 from dit_accel.errors import UsageError
+from dit_accel.eval.fidelity import fidelity, psnr, psnr_global, ssim
 
 
 def flat(value, frames=1, dtype=np.uint8, side=16):

@@ -1,4 +1,5 @@
 import pytest
+
 from dit_accel.eval.speed import alternate, amdahl, effective_density, summary
 
 

@@ -1,12 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
-from dit_accel.pipelines.acceleration import Acceleration, choose
 
 from dit_accel.diffusers import known_families
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Radial, RandomBlocks
+from dit_accel.pipelines.acceleration import Acceleration, choose
 
 VIDEO = Layout(grid=(21, 30, 52))
 

@@ -3,6 +3,13 @@
 import numpy as np
 import pytest
 import torch
+
+from dit_accel import ParoProcessor, Schedule
+from dit_accel.diffusers import engines
+from dit_accel.errors import DitAccelError, UnsupportedError, UsageError
+from dit_accel.methods import Paro
+from dit_accel.methods.paro_file import PlanFile
+from dit_accel.methods.paro_statistics import Statistics
 from dit_accel.pipelines import calibrate as module
 from dit_accel.pipelines.acceleration import Acceleration
 from dit_accel.pipelines.calibrate import CalibrationJob, calibrate_paro, default_prompts
@@ -11,13 +18,6 @@ from dit_accel.pipelines.load import load
 from dit_accel.pipelines.model import inspect_model
 from dit_accel.pipelines.prompts import Prompt
 from dit_accel.pipelines.render import plan_job, render
-
-from dit_accel import ParoProcessor, Schedule
-from dit_accel.diffusers import engines
-from dit_accel.errors import DitAccelError, UnsupportedError, UsageError
-from dit_accel.methods import Paro
-from dit_accel.methods.paro_file import PlanFile
-from dit_accel.methods.paro_statistics import Statistics
 
 SMALL = {"size": (48, 32), "frames": 9, "steps": 4, "backend": "gather", "block_size": 4, "bins": 2, "density": 0.6}
 

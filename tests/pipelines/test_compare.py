@@ -1,5 +1,7 @@
 import pytest
 import torch
+
+from dit_accel.errors import UsageError
 from dit_accel.eval.compare import judge, summarise
 from dit_accel.eval.fidelity import psnr
 from dit_accel.pipelines.acceleration import Acceleration
@@ -10,8 +12,6 @@ from dit_accel.pipelines.load import load
 from dit_accel.pipelines.model import inspect_model
 from dit_accel.pipelines.prompts import Prompt
 from dit_accel.pipelines.render import plan_job, render
-
-from dit_accel.errors import UsageError
 
 ACCEL = Acceleration(
     method="random-blocks", parameters={"block_size": 4, "density": 0.3}, backend="gather", dense_steps=1

@@ -1,9 +1,9 @@
 import pytest
-from dit_accel.pipelines.geometry import Geometry, geometry
-from dit_accel.pipelines.model import inspect_model
 
 from dit_accel.errors import UsageError
 from dit_accel.layout import Layout
+from dit_accel.pipelines.geometry import Geometry, geometry
+from dit_accel.pipelines.model import inspect_model
 
 CONFIGS = {
     "wan": (

@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+
+from dit_accel.errors import UsageError
 from dit_accel.pipelines.acceleration import Acceleration
 from dit_accel.pipelines.job import Job, digest, resolve
 from dit_accel.pipelines.model import inspect_model
 from dit_accel.pipelines.prompts import Prompt
-
-from dit_accel.errors import UsageError
 
 VAE = {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16}
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from dit_accel.pipelines.load import load, pick_device, pick_dtype
 
 from dit_accel.errors import DitAccelError, UsageError
+from dit_accel.pipelines.load import load, pick_device, pick_dtype
 
 
 def test_the_cpu_is_float32_and_a_gpu_bfloat16():

@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from dit_accel.pipelines import mini
-from dit_accel.pipelines.model import inspect_model
 
 from dit_accel.errors import UnsupportedError, UsageError
+from dit_accel.pipelines import mini
+from dit_accel.pipelines.model import inspect_model
 
 WAN_VAE = {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16}
 WAN = {"patch_size": [1, 2, 2], "in_channels": 16}

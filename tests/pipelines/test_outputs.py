@@ -2,9 +2,9 @@ import errno
 import os
 
 import pytest
-from dit_accel.pipelines.outputs import Outputs, explain, prepare_folder
 
 from dit_accel.errors import UsageError
+from dit_accel.pipelines.outputs import Outputs, explain, prepare_folder
 
 
 def test_files_appear_together_under_their_final_names(tmp_path):

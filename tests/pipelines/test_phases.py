@@ -2,6 +2,7 @@ import time
 
 import pytest
 import torch
+
 from dit_accel.pipelines.phases import Clock, timed
 
 

@@ -1,7 +1,7 @@
 import pytest
-from dit_accel.pipelines.prompts import Prompt, parse_size, read_prompts, slug
 
 from dit_accel.errors import UsageError
+from dit_accel.pipelines.prompts import Prompt, parse_size, read_prompts, slug
 
 
 @pytest.fixture

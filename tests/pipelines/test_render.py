@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from dit_accel.errors import UsageError
 from dit_accel.pipelines import render as module
 from dit_accel.pipelines.acceleration import Acceleration
 from dit_accel.pipelines.job import Job
 from dit_accel.pipelines.prompts import Prompt
 from dit_accel.pipelines.render import describe, plan_job, render
-
-from dit_accel.errors import UsageError
 
 SPARSE = Acceleration(method="radial", parameters={"block_size": 4}, backend="gather", dense_steps=1)
 

@@ -1,11 +1,11 @@
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from dit_accel.eval.fidelity import psnr
-from dit_accel.pipelines import video
 from PIL import Image
 
 from dit_accel.errors import UsageError
+from dit_accel.eval.fidelity import psnr
+from dit_accel.pipelines import video
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import ModularPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 import dit_accel
 from dit_accel import AllBlocksProcessor, RandomBlocksProcessor, Schedule, UnsupportedError, UsageError
 from dit_accel.diffusers import describe, engines, install
+from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 from dit_accel import AllBlocksProcessor, Schedule
 from dit_accel.diffusers import engines
+from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from tiny_models import WAN, tiny_pipeline, tiny_run, tiny_transformer
 
 from dit_accel import RandomBlocksProcessor, Schedule
 from dit_accel.diffusers import engines, ops
+from tiny_models import WAN, tiny_pipeline, tiny_run, tiny_transformer
 
 TIMESTEPS = (900, 700, 500, 300)
 PROCESSOR = RandomBlocksProcessor(backend="gather", block_size=16, schedule=Schedule(first=1, steps={2}))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 from dit_accel import AllBlocksProcessor, Guard, Processor, RandomBlocksProcessor, Schedule, UnsupportedError
 from dit_accel.diffusers import engine as engine_module
 from dit_accel.diffusers import engines
 from dit_accel.guard import Flags
+from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
 

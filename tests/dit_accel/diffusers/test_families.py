@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_transformer
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import AllBlocksProcessor, Layout, RadialProcessor, RandomBlocksProcessor, Schedule, UnsupportedError
 from dit_accel.diffusers import Family, engines, family_of, known_families, register_family
+from tiny_models import FAMILIES, tiny_transformer
 
 SPARSE = {"backend": "gather", "schedule": Schedule.none(), "block_size": 16}
 

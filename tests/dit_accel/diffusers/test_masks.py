@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import tiny_transformer
 
 from dit_accel import AllBlocksProcessor, Schedule
 from dit_accel.diffusers import engines
 from dit_accel.diffusers.masks import Unreadable, kv_valid
+from tiny_models import tiny_transformer
 
 
 def prefix(*counts, keys=6):

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
-from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 from dit_accel import AllBlocksProcessor, Schedule, set_attn_processor
 from dit_accel.diffusers import engines
 from dit_accel.diffusers.tracker import StepTracker
+from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
 
 def steps_of(tracker, timesteps):

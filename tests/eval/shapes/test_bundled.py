@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from dit_accel.eval.shapes.job import evaluate
 from dit_accel.eval.shapes.suite import Suite, prompts
 from dit_accel.pipelines.acceleration import Acceleration

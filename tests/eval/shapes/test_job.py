@@ -10,14 +10,13 @@ pytest.importorskip("cv2", reason="grading needs OpenCV")
 
 from pathlib import Path
 
+from dit_accel.errors import UsageError
 from dit_accel.eval.shapes import job as module
 from dit_accel.eval.shapes.suite import Suite, prompts, table
 from dit_accel.pipelines.acceleration import Acceleration
 from dit_accel.pipelines.job import Job
 from dit_accel.pipelines.mini.captions import parse
 from dit_accel.pipelines.mini.world import draw
-
-from dit_accel.errors import UsageError
 
 TEXTS = tuple(prompts("mini-12")[:3])
 DIMENSIONS = ("color", "motion")

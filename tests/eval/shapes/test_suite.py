@@ -1,8 +1,8 @@
 import pytest
-from dit_accel.eval.shapes.suite import bootstrap, difference_table, prompts, summarize
-from dit_accel.pipelines.mini.captions import parse
 
 from dit_accel.errors import UsageError
+from dit_accel.eval.shapes.suite import bootstrap, difference_table, prompts, summarize
+from dit_accel.pipelines.mini.captions import parse
 
 
 def test_bundled_lists_follow_the_grammar():

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Predicate, TilePlan
 from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Predicate, TilePlan
 
 KINDS = {"box1": 1, "box2": 2, "box3": 3}
 

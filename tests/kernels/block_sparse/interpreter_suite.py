@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dit_accel.kernels import BlockList, TilePlan, tuning
 from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex
 from dit_accel.kernels.block_sparse import triton as tier

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dit_accel.kernels import BlockList, TilePlan, tuning
 from dit_accel.kernels.block_sparse import choose
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Predicate, TilePlan, tuning
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
@@ -167,7 +168,6 @@ def assembled(ptx: str, arch: int, folder: Path) -> tuple[int, int]:
     source = folder / "kernel.ptx"
     source.write_text(ptx)
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    done = subprocess.run(
-        [ptxas, "-v", f"-arch={name}", source, "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
-    )
+    command = [ptxas, "-v", f"-arch={name}", source, "-o", folder / "kernel.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(re.search(r"Used (\d+) registers", done.stderr)[1]), int(re.search(r"(\d+) bytes spill", done.stderr)[1])

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from dit_accel.pipelines.mini.captions import caption, parse, vocabulary
 from dit_accel.pipelines.mini.world import MOTIONS, Scene, random_scene
 

@@ -1,4 +1,5 @@
 import torch
+
 from dit_accel.pipelines.mini.locality import PLAN, PositionProbe
 from dit_accel.pipelines.mini.model import build_transformer
 

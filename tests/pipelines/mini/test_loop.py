@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from dit_accel.pipelines.mini.loop import Schedule, Stage, step_generator
 
 

@@ -23,3 +23,16 @@ def test_bundle_stays_small():
     sizes = [p.stat().st_size for p in mini.path().rglob("*") if p.is_file()]
     assert sum(sizes) <= 16 * 2**20
     assert max(sizes) <= 12 * 2**20
+
+
+def test_default_size_lets_radial_attention_skip_three_quarters():
+    import torch
+
+    import dit_accel
+
+    settings = mini.defaults()
+    grid = ((settings["num_frames"] - 1) // 2 + 1, settings["height"] // 8, settings["width"] // 8)
+    tokens = torch.zeros(1, 1, grid[0] * grid[1] * grid[2], 32)
+    plan = dit_accel.plan(tokens, tokens, tokens, dit_accel.Radial(block_size=64), layout=dit_accel.Layout(grid=grid))
+    assert grid[1] * grid[2] <= 120
+    assert plan.density <= 0.25

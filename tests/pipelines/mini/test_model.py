@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from dit_accel.pipelines.mini.model import (
     ChosenFramesRope,
     Denoiser,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from dit_accel.pipelines.mini.muon import Muon, orthogonalize
 
 

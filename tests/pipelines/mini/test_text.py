@@ -1,4 +1,5 @@
 import numpy as np
+
 from dit_accel.pipelines.mini.captions import caption
 from dit_accel.pipelines.mini.text import MAX_LENGTH, build_tokenizer
 from dit_accel.pipelines.mini.world import random_scene

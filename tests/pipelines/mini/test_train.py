@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import WanPipeline
+
 from dit_accel.pipelines.mini.train import Run, load_config, main
 
 TOY = {

@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from dit_accel.pipelines.mini.vae import build_vae, clip_batch, to_tensor, to_video, vae_loss
 
 

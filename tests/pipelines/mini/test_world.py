@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from dit_accel.pipelines.mini.world import COLORS, DIRECTION, Scene, draw, random_scene, tracks
 
 
