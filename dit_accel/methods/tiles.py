@@ -44,7 +44,9 @@ class Tiling:
     def make(cls, layout: Layout, axes: Sequence[Axis], shapes: Shapes) -> Tiling:
         grid, n = layout.grid, layout.tokens
         start, stop = layout.main.start, layout.main.stop
-        ranks = torch.unravel_index(arrange(torch.arange(stop - start).view(grid), shapes), grid)
+        cell = arrange(torch.arange(stop - start).view(grid), shapes)
+        # By hand: torch.unravel_index imports a symbolic algebra package on first use, which takes seconds.
+        ranks = cell // (grid[1] * grid[2]), cell // grid[2] % grid[1], cell % grid[2]
         t, h, w = (axis.coordinate[rank] for axis, rank in zip(axes, ranks, strict=True))
         token = torch.arange(n)
         order = torch.cat([start + (t * grid[1] + h) * grid[2] + w, token[:start], token[stop:]])

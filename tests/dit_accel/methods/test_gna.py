@@ -277,6 +277,13 @@ def test_published_presets_execute_no_partial_block(name, grid, visited, total, 
     assert made.density_video == visited / total
 
 
+def test_a_long_sequence_stays_in_order():
+    made = plan(GNA(2048, 256), Layout((1, 1, 32_768)))
+    assert made.order is None
+    assert made.partial is None
+    assert (made.full.count == 2048 // 128).all()
+
+
 @pytest.mark.parametrize(
     ("name", "sparsity"),
     [("cosmos", 0.564), ("cosmos-fast", 0.891), ("hunyuan", 0.91), ("hunyuan-58", 0.583), ("flux-4k", 0.902),
