@@ -191,7 +191,7 @@ class Engine:
 
     def attend(self, layer: int, call: ops.Primitive) -> Tensor:
         """The result of one attention call at ``layer``, sparse or stock."""
-        with self.stats.timed(call.query.device):
+        with self.stats.timed("attention", call.query.device):
             try:
                 reason, valid = self._dense_reason(layer, call), None
                 if reason is None:
@@ -232,7 +232,8 @@ class Engine:
         forward, method = self.forward, self.processor.method
         q, k, v = call.heads_first()
         told = Call(forward.layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
-        plan = make_plan(q, k, v, method, told)
+        with self.stats.timed("planning", q.device):
+            plan = make_plan(q, k, v, method, told)
         backend = self.processor.backend
         if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
             backend = "gather"  # the one fast tier with a backward

@@ -72,8 +72,8 @@ class Stats:
         # Pairs computed under each plan. A static plan recurs, so there are few; their densities are read once, late.
         self._static: dict[int, tuple[Plan, int]] = {}
         self._dynamic: list[Tensor] = []
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
+        self._seconds: Counter[str] = Counter()
+        self._events: list[tuple[str, Any, Any]] = []
 
     @property
     def sparse(self) -> int:
@@ -109,13 +109,22 @@ class Stats:
     @property
     def attention_seconds(self) -> float | None:
         """Seconds inside attention calls, or None when ``timing`` is off. Synchronises the GPU once."""
+        return self._spent("attention")
+
+    @property
+    def planning_seconds(self) -> float | None:
+        """The part of ``attention_seconds`` that made plans, or None when ``timing`` is off."""
+        return self._spent("planning")
+
+    def _spent(self, what: str) -> float | None:
         if not self.timing:
             return None
         if self._events:
             torch.cuda.synchronize()
-            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1e3
             self._events.clear()
-        return self._seconds
+        return float(self._seconds[what])
 
     def count_dense(self, layer: int, reason: str, pairs: int) -> None:
         entry = self.layers[layer]
@@ -139,8 +148,8 @@ class Stats:
         self._dynamic[0] += entry._kept * pairs
 
     @contextlib.contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time spent inside, where ``timing`` is on. Neither waits for the device."""
+    def timed(self, what: str, device: torch.device) -> Iterator[None]:
+        """Adds the time spent inside to ``what``, where ``timing`` is on. Does not wait for the device."""
         if not self.timing:
             yield
         elif device.type == "cuda":
@@ -148,11 +157,11 @@ class Stats:
             start.record()
             yield
             end.record()
-            self._events.append((start, end))
+            self._events.append((what, start, end))
         else:
             start = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - start
+            self._seconds[what] += time.perf_counter() - start
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -166,6 +175,7 @@ class Stats:
             "density": self.density,
             "effective_density": self.effective_density,
             "attention_seconds": self.attention_seconds,
+            "planning_seconds": self.planning_seconds,
             "guard_events": list(self.guard_events),
             "warnings": list(self.warnings),
         }
