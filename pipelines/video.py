@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import logging
+import os
+import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,22 +31,43 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     Raises ``UsageError`` for odd sides (4:2:0 colour needs even ones; rescaling would be silent) and ``OSError``
     where the file cannot be written whole.
     """
-    import imageio_ffmpeg
-
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise UsageError(f"H.264 video needs even sides; got {width}x{height} (WxH). Use --frames-dir, or an even size")
-    writer = imageio_ffmpeg.write_frames(
-        str(path), (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=1, pix_fmt_in="rgb24",
-        ffmpeg_log_level="error", output_params=["-crf", str(CRF), "-movflags", "+faststart", "-f", "mp4"],
-    )  # fmt: skip
-    try:
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(to_uint8(frame)))
-    finally:
-        writer.close()
-    _check_whole(path, len(frames))
+    command = [
+        _ffmpeg(), "-y", "-v", "error",
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
+        "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-movflags", "+faststart",
+        "-f", "mp4", str(path),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile() as log:
+        # A session of its own: Ctrl-C must reach this process only, which then ends ffmpeg itself.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True)
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                for frame in frames:
+                    pipe.write(np.ascontiguousarray(to_uint8(frame)))
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status:
+            log.seek(0)
+            raise _failure(log.read().decode(errors="replace"), path)
+
+
+def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def _failure(log: str, path: Path) -> OSError:
+    if os.strerror(errno.ENOSPC) in log:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    last = next((line for line in reversed(log.splitlines()) if line.strip()), "no message")
+    return OSError(errno.EIO, f"ffmpeg failed: {last.strip()}", str(path))
 
 
 def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -72,16 +96,3 @@ def write_frames(folder: Path, frames: Iterable[np.ndarray]) -> None:
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """(T, H, 2 W, 3) from two (T, H, W, 3)."""
     return np.concatenate([to_uint8(left), to_uint8(right)], axis=2)
-
-
-def _check_whole(path: Path, frames: int) -> None:
-    """ffmpeg's exit status is not passed on, so a file cut short by a full disk must be found by counting."""
-    import imageio_ffmpeg
-
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
-    try:
-        found, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-    except Exception as error:
-        raise OSError(errno.EIO, f"ffmpeg left no readable video ({type(error).__name__})", str(path)) from None
-    if found != frames:
-        raise OSError(errno.EIO, f"the video holds {found} of {frames} frames", str(path))

@@ -1,3 +1,7 @@
+import errno
+import subprocess
+from pathlib import Path
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -37,17 +41,33 @@ def test_odd_sides_are_refused_not_rescaled(tmp_path, clip):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_cut_short_is_found(tmp_path, clip, monkeypatch):
-    import imageio_ffmpeg
-
-    monkeypatch.setattr(imageio_ffmpeg, "count_frames_and_secs", lambda path: (5, 1.0))
-    with pytest.raises(OSError, match="5 of 9 frames"):
-        video.write_mp4(tmp_path / "a.mp4", clip, 16)
+def test_a_full_disk_is_told_as_such(tmp_path, clip):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        video.write_mp4(full, clip, 16)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path, clip, capfd):
-    with pytest.raises(OSError, match=r"."):
+    with pytest.raises(OSError, match=r"ffmpeg failed: .*No such file or directory"):
         video.write_mp4(tmp_path / "no" / "a.mp4", clip, 16)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interruption_ends_ffmpeg(tmp_path, clip, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+
+    def stop(frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "to_uint8", stop)
+    with pytest.raises(KeyboardInterrupt):
+        video.write_mp4(tmp_path / "a.mp4", clip, 16)
+    assert started[0].poll() is not None
 
 
 def test_png_is_lossless_and_rounds_to_nearest(tmp_path, clip):
