@@ -100,7 +100,7 @@ class Engine:
         """Put derived processors on the sites and hooks on the model."""
         ops.ENGINES[self.id] = self
         for layer, module in enumerate(self._sites):
-            ours = adopt(module.processor, torch.tensor([self.id, layer]))
+            ours = adopt(stock_of(module.processor), torch.tensor([self.id, layer]))
             module.processor = ours
             self._adopted.append((module, ours))
         self._seat = Seat(self, self.model)

@@ -68,6 +68,7 @@ def _table(model: dict[str, Any]) -> str:
         f"layout {model['layout'] or 'not seen yet'}; {stats['sparse_calls']} sparse calls, "
         f"{sum(stats['dense_calls'].values())} dense, {stats['fallback_calls']} of them fallback; "
         f"effective density {_cell(stats['effective_density'])}",
+        *sorted({f"tier {x['tier']}: {x['tier_reason']}" for x in model["layers"] if x["tier"]}),
     ]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*head, *body, *(f"warning: {text}" for text in stats["warnings"])])

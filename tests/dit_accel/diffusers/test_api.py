@@ -85,6 +85,19 @@ def test_a_stock_processor_removes_every_trace(how, stock):
     assert torch.equal(tiny_run(pipe), stock)
 
 
+def test_processors_read_while_accelerated_and_set_again_are_stock(stock):
+    pipe = tiny_pipeline()
+    model = pipe.transformer
+    before = dict(model.attn_processors)
+    pipe.set_attn_processor(RandomBlocksProcessor(**SPARSE))
+    model.set_attn_processor(dict(model.attn_processors))
+    assert engines(pipe) == []
+    assert torch.equal(tiny_run(pipe), stock)
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    pipe.reset_attn_processor()
+    assert all(model.attn_processors[name] is processor for name, processor in before.items())
+
+
 def test_a_pipeline_passes_stock_processors_on():
     pipe = tiny_pipeline()
     pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
@@ -150,7 +163,8 @@ def test_describe_tells_layer_by_layer():
     )  # fmt: skip
     assert (second["sparse"], second["dense"], second["fallback"]) == (6, {"schedule": 2}, 0)
     assert 0 < second["density"] < 1
-    for part in ("WanTransformer3DModel (family wan): random-blocks", "layout main 3x2x3", "blocks.1.attn1", "gather"):
+    head = "WanTransformer3DModel (family wan): random-blocks"
+    for part in (head, "layout main 3x2x3", "blocks.1.attn1", "tier gather: asked for"):
         assert part in text
 
 

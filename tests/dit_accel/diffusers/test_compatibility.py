@@ -111,3 +111,25 @@ def test_the_dispatcher_s_active_backend_leaves_sparse_attention_on():
     with attention_backend("_native_math"):
         model(**call)
     assert engines(model)[0].stats.sparse == 3
+
+
+@torch.no_grad()
+def test_lora_and_offloading():
+    """Projections stay upstream's modules, so adapters and offload hooks on them keep working."""
+    from accelerate import cpu_offload
+    from peft import LoraConfig
+
+    model, call, _ = tiny_transformer("wan")
+    plain = model(**call).sample
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    adapted = model(**call).sample
+    assert (adapted - plain).abs().max() > 1e-3, "the adapter must matter"
+    model.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    assert (model(**call).sample - adapted).abs().max() < 1e-5
+    model.disable_adapters()
+    assert (model(**call).sample - plain).abs().max() < 1e-5
+    cpu_offload(model, execution_device="cpu")
+    assert (model(**call).sample - plain).abs().max() < 1e-5
+    assert engines(model)[0].stats.sparse == 9
+    model.reset_attn_processor()
+    assert torch.equal(model(**call).sample, plain)
