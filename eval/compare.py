@@ -69,7 +69,8 @@ def _doubts(verdict: dict[str, Any], results: list[Result]) -> list[str]:
     cores = [r.cores for r in results if r.cores is not None]
     if cores and min(cores) < STARVED * torch.get_num_threads():
         threads = torch.get_num_threads()
-        doubts.append(f"other work kept the CPU busy: {min(cores):.2f} to {max(cores):.2f} cores for {threads} threads")
+        had = f"{min(cores):.2f} to {max(cores):.2f} cores"
+        doubts.append(f"other work kept the CPU busy: {had} for {threads} thread{'s' * (threads > 1)}")
     gain, bound = (verdict["speedup"] or {}).get("loop"), verdict["bound"]
     if gain and bound and gain > bound * 1.03:
         doubts.append(f"the loop gained {gain:.2f}x, more than the bound of {bound:.2f}x: timing noise")

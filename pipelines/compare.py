@@ -36,6 +36,7 @@ def compare(
     for name, processor in (("dense", Processor(None)), ("accelerated", warm)):
         if tell:
             tell("warm-up", {"side": name})
+        _label(pipe, shot, f"warm-up {name}")
         started = time.perf_counter()
         generate(pipe, shot, processor, steps=1)
         pair.warmup[name] = time.perf_counter() - started
@@ -44,9 +45,16 @@ def compare(
         for name, processor, results in reversed(sides) if swap ^ bool(turn % 2) else sides:
             if tell:
                 tell("side", {"side": name, "turn": turn + 1})
+            _label(pipe, shot, name)
             if results:
                 # Only the last run's frames are used, and a video can be large.
                 results[-1].frames = results[-1].frames[:0]
             results.append(generate(pipe, shot, processor))
             pair.order.append(name)
     return pair
+
+
+def _label(pipe: Any, shot: Shot, side: str) -> None:
+    """Say on the progress bar which side is running."""
+    config = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**config, "desc": f"{shot.stem[:4]} {side}"})

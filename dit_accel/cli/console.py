@@ -41,3 +41,14 @@ def table(rows: list[tuple[str, ...]], *, right: frozenset[int] = frozenset()) -
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def calm_libraries() -> None:
+    """Loading bars and advice of the libraries would bury the tool's own lines."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .console import Console, emit
+    from .console import Console, calm_libraries, emit
     from .render_report import end_of_job, planned, show, summary_report
 
     console = Console(json=args.json, quiet=args.quiet)
     job = _job(args)
     from ..pipelines.render import plan_job, render
 
-    _calm_libraries(console)
+    calm_libraries()
     plan = plan_job(job, dry=args.dry_run)
     planned(console, plan, dry=args.dry_run)
     if args.dry_run:
@@ -137,16 +136,3 @@ def _job(args: argparse.Namespace) -> Any:
         dtype=args.dtype,
         offload=args.offload,
     )
-
-
-def _calm_libraries(console: Any) -> None:
-    """Loading bars and advice of the libraries would bury the tool's own lines."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    if not console.progress:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    sys.stdout.flush()

@@ -8,6 +8,8 @@ from typing import Any
 from .console import Console, table
 
 _PHASES = ("text", "loop", "attention", "planning", "vae", "export")
+# A bound below this is not worth a method.
+LITTLE = 1.05
 _WORDS = {
     "done": "rendered",
     "skipped": "skipped (finished)",
@@ -111,6 +113,8 @@ def compare_report(compare: dict[str, Any] | None) -> list[str]:
             f"attention is {compare['attention_share']:.0%} of the dense loop; at effective density "
             f"{compare['effective_density']:.3f} the loop can gain at most {compare['bound']:.2f}x"
         )
+    if compare["bound"] is not None and compare["bound"] < LITTLE:
+        lines.append("attention is too small a part of this loop for any sparse method to help at this size")
     lines += [f"doubtful: {doubt}; measure again on a quiet machine, with --repeats 3" for doubt in compare["doubts"]]
     warm = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in compare["warmup_seconds"].items())
     lines.append(f"warm-up, compilation included, not in these times: {warm}; run order {', '.join(compare['order'])}")
