@@ -55,7 +55,8 @@ def attend(
         call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
         plan = make_plan(q, k, v, method, call)
     tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
-    scale = scale if scale is not None else plan.scale if plan.scale is not None else q.shape[-1] ** -0.5
+    if scale is None:
+        scale = plan.scale if plan.scale is not None else plan.scale_factor * q.shape[-1] ** -0.5
     try:
         out, lse = block_sparse_attention(
             q, k, v, tiles, scale=scale, kv_valid=kv_valid, backend=backend, return_lse=return_lse

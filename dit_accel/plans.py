@@ -55,7 +55,7 @@ class Plan:
 
     ``full``, ``partial``: per query block, the key blocks seen whole, and those whose pairs pass ``predicate``
     (tables in plan order). ``order``, ``kv_order``: int64 slot -> token, (N,) or (H, N), or None.
-    ``scale``: the method's own softmax scale, or None for D**-0.5. Index tables have batch and head sizes 1
+    ``scale``: the method's own softmax scale, or None for ``scale_factor`` times D**-0.5. Index tables have batch and head sizes 1
     where the plan is shared.
     """
 
@@ -69,6 +69,7 @@ class Plan:
     kv_order: Tensor | None = None
     kv_layout: Layout | None = None
     scale: float | None = None
+    scale_factor: float = 1.0
     _memo: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -160,7 +161,8 @@ class Plan:
 
         return Plan(
             self.layout, self.q_blocks, self.k_blocks, moved(self.full), moved(self.partial), moved(self.predicate),
-            moved(self.order), moved(self.kv_order), self.kv_layout, self.scale,
+            moved(self.order), moved(self.kv_order), self.kv_layout, self.scale, self.scale_factor,
+            {key: value for key, value in self._memo.items() if key == "densities"},
         )  # fmt: skip
 
     def _orders(self) -> tuple[Tensor | None, Tensor | None]:

@@ -121,7 +121,7 @@ class FreeSwimPipeline:
         head_dim = config.attention_head_dim
         native = self.native_size or native_size_of(model)
         patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[-1]
-        window = GNA.inward(native, patch=getattr(self.pipe, traits.spatial) * patch, head_dim=head_dim)
+        window = GNA.inward(native, patch=getattr(self.pipe, traits.spatial) * patch)
         return replace(window, scale=math.sqrt(self.scale_factor / head_dim))
 
     @contextmanager

@@ -38,7 +38,7 @@ class GNA(Method):
     ``base_size``: the grid that the values are meant for; on another one window, stride and dilation are rescaled
     per axis as Cosmos-Predict2 does. That rule dilates windows on an axis 1.5 times as long or more. -1 stands for
     the present length, so ``base_size=-1`` only cuts windows that are larger than their axis. ``scale``: softmax
-    scale, None for D**-0.5.
+    scale, None for ``scale_factor`` times D**-0.5.
 
     ``window=None`` is the published HunyuanVideo setting: window (18, 24, 24), stride (16, 8, 8), ``base_size=-1``.
     With a window of your own the stride defaults to 1, as in NATTEN.
@@ -52,6 +52,7 @@ class GNA(Method):
     causal: bool | tuple[bool, ...] = False
     base_size: PerAxis | None = None
     scale: float | None = None
+    scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.window is None:
@@ -111,12 +112,12 @@ class GNA(Method):
         return cls(size, stride=tile, base_size=-1)
 
     @classmethod
-    def inward(cls, native_size: tuple[int, int], *, patch: int = 16, head_dim: int = 128) -> GNA:
+    def inward(cls, native_size: tuple[int, int], *, patch: int = 16) -> GNA:
         """FreeSwim's inward sliding window (arXiv 2511.14712, 3.1): the model's native field of view, in every frame.
 
         ``native_size``: (height, width) in pixels that the model was trained for; ``patch``: pixels per token.
-        The softmax scale is the released one, sqrt(ln 3120 / ln 1560 / head_dim), whatever the sizes; ``head_dim``
-        is the model's (128 in Wan 2.1). Where the window exceeds the axis, the axis is seen whole.
+        The softmax scale is the released one, sqrt(ln 3120 / ln 1560 / D), whatever the sizes. Where the window
+        exceeds the axis, the axis is seen whole.
         """
         native = numbers("native_size", native_size)
         if not isinstance(native, tuple) or len(native) != 2 or min(native) < 2 * patch:
@@ -125,8 +126,7 @@ class GNA(Method):
                 "Wan 2.1: (480, 832) for the 1.3B model, (720, 1280) for 14B"
             )
         side = tuple(2 * (pixels // patch // 2) + 1 for pixels in native)
-        scale = math.sqrt(math.log(3120) / math.log(1560) / head_dim)
-        return cls((-1, *side), base_size=-1, scale=scale)
+        return cls((-1, *side), base_size=-1, scale_factor=math.sqrt(math.log(3120, 1560)))
 
     def check(self, layout: Layout) -> None:
         """Raise ``UsageError`` when the windows do not fit the grid."""
@@ -148,7 +148,7 @@ class GNA(Method):
             raise UnsupportedError(f"GNA needs keys in the queries' layout; got {call.layout} and {call.kv_layout}")
         axes = [window.axis() for window in self.windows(call.layout.grid)]
         _, shapes = choose([counter(axis) for axis in axes], call.layout.grid)
-        return box_plan(call.layout, axes, shapes, self.scale)
+        return replace(box_plan(call.layout, axes, shapes), scale=self.scale, scale_factor=self.scale_factor)
 
     def density(self, layout: Layout) -> float:
         """Density of the plan on ``layout``, without making it."""

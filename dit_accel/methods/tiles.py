@@ -69,7 +69,7 @@ class Tiling:
         """int64 (blocks,): the greatest of ``values`` (N,) over each block's main tokens, -FAR without any."""
         return -self.lowest(-values.long())
 
-    def plan(self, seen: Tensor, whole: Tensor, predicate: Predicate, pairs: int, scale: float | None = None) -> Plan:
+    def plan(self, seen: Tensor, whole: Tensor, predicate: Predicate, pairs: int) -> Plan:
         """The plan of block classes over the main tokens, bool (blocks, blocks).
 
         ``seen``: some pair is visible; ``whole``: every pair is. Tokens outside the main segment see and are seen
@@ -81,11 +81,11 @@ class Tiling:
         return Plan(
             self.layout, self.blocks, self.blocks, listed(whole), listed(partial) if some else None,
             predicate if some else None,
-            order=self.order, scale=scale, _memo={"densities": densities(self.layout, pairs)},
+            order=self.order, _memo={"densities": densities(self.layout, pairs)},
         )  # fmt: skip
 
 
-def box_plan(layout: Layout, axes: Sequence[Axis], shapes: Shapes, scale: float | None = None) -> Plan:
+def box_plan(layout: Layout, axes: Sequence[Axis], shapes: Shapes) -> Plan:
     """The plan of windows that are a product of intervals per axis.
 
     A key block is skipped when it misses the union of its query block's intervals on some axis, and seen whole when
@@ -93,7 +93,7 @@ def box_plan(layout: Layout, axes: Sequence[Axis], shapes: Shapes, scale: float 
     """
     restricted = [i for i, axis in enumerate(axes) if not axis.whole]
     if not restricted:
-        return _dense(layout, shapes.block, scale)
+        return _dense(layout, shapes.block)
     tiling = Tiling.make(layout, axes, shapes)
     seen = torch.ones((tiling.blocks.count,) * 2, dtype=torch.bool)
     whole, tables = seen.clone(), []
@@ -107,13 +107,13 @@ def box_plan(layout: Layout, axes: Sequence[Axis], shapes: Shapes, scale: float 
         tables.append((lo, hi, rank))
     always = tiling.outside if layout.tokens > math.prod(layout.grid) else None
     predicate = Predicate(box=Box(*(tuple(x) for x in zip(*tables, strict=True))), always=always)
-    return tiling.plan(seen, whole, predicate, math.prod(axis.pairs for axis in axes), scale)
+    return tiling.plan(seen, whole, predicate, math.prod(axis.pairs for axis in axes))
 
 
-def _dense(layout: Layout, block: int, scale: float | None) -> Plan:
+def _dense(layout: Layout, block: int) -> Plan:
     blocks = Blocks.uniform(layout.tokens, block)
     mask = torch.ones((1, 1, blocks.count, blocks.count), dtype=torch.bool)
-    return Plan(layout, blocks, blocks, BlockList.from_mask(mask), scale=scale)
+    return Plan(layout, blocks, blocks, BlockList.from_mask(mask))
 
 
 def listed(mask: Tensor) -> BlockList:

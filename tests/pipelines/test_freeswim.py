@@ -418,5 +418,5 @@ def test_one_graph_around_the_model_is_refused(monkeypatch):
 def test_the_window_is_the_model_s_own_sizes():
     pipe = tiny_pipeline()
     assert swim(pipe).method(pipe.transformer) == replace(
-        GNA.inward(NATIVE, patch=16, head_dim=12), scale=math.sqrt(SCALE_FACTOR / 12)
+        GNA.inward(NATIVE, patch=16), scale=math.sqrt(SCALE_FACTOR / 12)
     )
