@@ -55,8 +55,8 @@ class Plan:
 
     ``full``, ``partial``: per query block, the key blocks seen whole, and those whose pairs pass ``predicate``
     (tables in plan order). ``order``, ``kv_order``: int64 slot -> token, (N,) or (H, N), or None.
-    ``scale``: the method's own softmax scale, or None for ``scale_factor`` times D**-0.5. Index tables have batch and head sizes 1
-    where the plan is shared.
+    ``scale``: the method's own softmax scale, or None for ``scale_factor`` times D**-0.5. Index tables have batch
+    and head sizes 1 where the plan is shared.
     """
 
     layout: Layout
