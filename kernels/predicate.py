@@ -6,6 +6,7 @@ index alike (FlexAttention's dynamic compilation refuses anything that carries a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -106,13 +107,18 @@ class Gate:
 
 
 def move(tables, device: torch.device):
-    """``tables`` (a dataclass of tensors, tuples of tensors and such dataclasses) on ``device``."""
+    """``tables`` on ``device``."""
+    return each(tables, lambda table: table.to(device))
+
+
+def each(tables, change: Callable[[Tensor], Tensor]):
+    """``tables`` (a dataclass of tensors, tuples of tensors and such dataclasses) with every tensor changed."""
 
     def one(value):
         if isinstance(value, Tensor):
-            return value.to(device)
+            return change(value)
         if isinstance(value, tuple):
             return tuple(one(v) for v in value)
-        return value if value is None else move(value, device)
+        return value if value is None else each(value, change)
 
     return replace(tables, **{f.name: one(getattr(tables, f.name)) for f in fields(tables)})

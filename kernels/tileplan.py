@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ class TilePlan:
     ``n_q``, ``n_k``: slots (tokens in plan order). ``full``: tiles visited without a test. ``partial``: tiles
     whose pairs pass ``gate`` and ``predicate``; never a tile that is also full. Without a gate every pair of a
     partial tile is tested by the predicate; with one, 0 hides the pair, 1 tests it, 2 shows it.
-    ``order``, ``kv_order``: int64 slot -> token, (n,) or (H, n), or None for the caller's order.
+    ``order``, ``kv_order``: int64 slot -> token, (n,) or (H, n), or None for the caller's order. ``_memo``: what a tier
+    derived from the tables, kept as long as the plan.
     """
 
     tile_q: int
@@ -32,6 +33,7 @@ class TilePlan:
     gate: Gate | None = None
     order: Tensor | None = None
     kv_order: Tensor | None = None
+    _memo: dict = field(default_factory=dict, repr=False)
 
     @property
     def tiles_q(self) -> int:

@@ -29,7 +29,7 @@ def block_sparse_attention(
     ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
     Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for.
     """
-    check(q, k, v, plan)
+    check(q, k, v, plan, kv_valid)
     tier, _ = choose(q, plan, backend=backend, return_lse=return_lse)
     if tier == "triton":
         from . import triton as tier_triton
@@ -79,8 +79,8 @@ def _refuses_flex(q: Tensor, plan: TilePlan, return_lse: bool) -> str | None:
     return flex.refuses(q, return_lse=return_lse)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
-    """Raise ``ValueError`` where shapes and plan do not fit."""
+def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | None = None) -> None:
+    """Raise ``ValueError`` where shapes, dtypes, devices and plan do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (B, H, N, D); got shape {tuple(x.shape)}")
@@ -88,12 +88,37 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
     if (q.shape[2], k.shape[2]) != (plan.n_q, plan.n_k):
         raise ValueError(
             f"the plan is for {plan.n_q} queries and {plan.n_k} keys; got {q.shape[2]} and {k.shape[2]}"
         )
     if len({q.device, k.device, v.device, plan.device}) > 1:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.device}")
+    if kv_valid is not None and kv_valid.shape != q.shape[:1]:
+        raise ValueError(f"kv_valid must be ({q.shape[0]},), one length per sample; got {tuple(kv_valid.shape)}")
+    check_plan(plan, q.shape[0], q.shape[1])
+
+
+def check_plan(plan: TilePlan, b: int, h: int) -> None:
+    """Raise ``ValueError`` where the plan's tables are not for ``b`` samples and ``h`` heads."""
+    tables = [("full", plan.full.count)]
+    if plan.partial is not None:
+        tables.append(("partial", plan.partial.count))
+    if plan.gate is not None:
+        tables.append(("gate", plan.gate.table))
+    for name, table in tables:
+        if not (table.shape[0] in (1, b) and table.shape[1] in (1, h)):
+            raise ValueError(
+                f"the plan's {name} table is for {table.shape[0]} samples and {table.shape[1]} heads; "
+                f"got {b} and {h}, and only 1 broadcasts"
+            )
+    for name, order, n in (("order", plan.order, plan.n_q), ("kv_order", plan.kv_order, plan.n_k)):
+        if order is not None and tuple(order.shape) not in ((n,), (h, n)):
+            raise ValueError(f"the plan's {name} is {tuple(order.shape)}; allowed are ({n},) and ({h}, {n})")
+    if plan.partial is not None and plan.predicate is None and plan.gate is None:
+        raise ValueError("the plan has partial tiles but neither a predicate nor a gate to test their pairs")
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
@@ -107,7 +132,11 @@ def take(x: Tensor, order: Tensor) -> Tensor:
 
 def put(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of :func:`take`."""
-    return take(x, torch.argsort(order, dim=-1))
+    if order.ndim == 1:
+        return torch.empty_like(x).index_copy_(2, order, x)
+    b, h, n, d = x.shape
+    flat = (order + torch.arange(h, device=order.device)[:, None] * n).flatten()
+    return x.new_empty((b, h * n, d)).index_copy_(1, flat, x.reshape(b, h * n, d)).reshape(b, h, n, d)
 
 
 def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:

@@ -1,20 +1,25 @@
 """Block-sparse attention through torch's compiled FlexAttention: the fast tier on CPU.
 
 Uncompiled, FlexAttention ignores the block lists and is silently dense, and an exception inside a compiled
-call turns every later call uncompiled. Hence ``fullgraph=True``, detached inputs, and a self-check per process
-that a plan which hides half of the keys really hides them.
+call turns every later call uncompiled. Hence ``fullgraph=True``, detached inputs, a self-check per process and a
+check of the first call of every kind against the gather tier. Inference only.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import maybe_mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..blocklist import BlockList
 from ..tileplan import TilePlan
+from . import gather
+from .flex_tables import Cells, MaskKind, Tables
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,100 +62,143 @@ def unavailable(device: str) -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """As ``reference.attention`` without the LSE. q (B, H, Nq, D), k and v (B, Hk, Nk, D), in plan order."""
-    full, partial = _lists(plan)
-    tables = _tables(plan)
-    run = _compiled(_kind(plan, alive))
-    out = run(
-        q.detach(), k.detach(), v.detach(), partial.count, partial.index, full.count, full.index, tables, alive,
-        plan.tile_q, plan.tile_k, scale,
-    )  # fmt: skip
+    """As ``reference.attention`` without the LSE. q (B, H, Nq, D), k and v (B, Hk, Nk, D), in plan order.
+
+    The first call of every kind compiles for some seconds. Raises ``FlexUnavailable`` when that call's answer is
+    not the plan's.
+    """
+    key = ("flex", q.shape[0], q.shape[1])
+    if key not in plan._memo:
+        plan._memo[key] = Tables.of(plan, q.shape[0], q.shape[1])
+    tables = plan._memo[key]
+    q, k, v = (_dense(x.detach()) for x in (q, k, v))
+    kind = Kind(
+        dtype=q.dtype,
+        shape=(*q.shape[:2], k.shape[1], q.shape[3], v.shape[3]),
+        bshd=tuple(x.stride(1) < x.stride(2) for x in (q, k, v)),
+        table=tuple(tables.lists[0].shape[:2]),
+        tile=(plan.tile_q, plan.tile_k),
+        scale=float(scale),
+        tests=tables.tests,
+        alive=alive is not None,
+    )
+    run = _compiled(kind)
+    out = run(q, k, v, tables, None if alive is None else Cells.of(alive, q.shape[0], q.shape[1]))
+    run.verify(out, q, k, v, plan, scale, alive)
     return out, None
 
 
-def _lists(plan: TilePlan) -> tuple[BlockList, BlockList]:
-    """Full and partial lists of equal (B1, H1), contiguous, the partial one wide enough for the template's check."""
-    full, part = plan.full, plan.partial
-    b1, h1 = full.count.shape[:2]
-    if part is not None:
-        b1, h1 = max(b1, part.count.shape[0]), max(h1, part.count.shape[1])
-    shape = (b1, h1, plan.tiles_q)
-    if part is None:
-        # Only the partial table's width is checked, so a stride-0 view of one column serves when it is empty.
-        count = torch.zeros(shape, dtype=torch.int32, device=plan.device)
-        index = torch.zeros((*shape, 1), dtype=torch.int32, device=plan.device).expand(*shape, plan.tiles_k)
-        part = BlockList(count, index)
-    else:
-        pad = plan.tiles_k - part.width
-        index = torch.nn.functional.pad(part.index, (0, max(pad, 0))).expand(*shape, -1).contiguous()
-        part = BlockList(part.count.expand(shape).contiguous(), index)
-    index = full.index.expand(*shape, -1).contiguous()
-    return BlockList(full.count.expand(shape).contiguous(), index), part
+@dataclass(frozen=True)
+class Kind:
+    """What one compiled function is for. Token counts and everything else about a plan are data.
+
+    ``shape``: B, H, Hk, D, Dv. ``bshd``: whether q, k, v have tokens before heads in memory. ``table``: B1, H1 of
+    the lists. ``tests``: None without partial tiles.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int, int]
+    bshd: tuple[bool, bool, bool]
+    table: tuple[int, int]
+    tile: tuple[int, int]
+    scale: float
+    tests: MaskKind | None
+    alive: bool
 
 
-def _kind(plan: TilePlan, alive: Tensor | None) -> tuple:
-    """The shape class: which tests the mask runs. Everything else about a plan is data."""
-    p = plan.predicate
-    tests = () if p is None else (
-        len(p.box.coord) if p.box else 0, len(p.disc.coord) if p.disc else 0, p.band is not None, p.always is not None
-    )  # fmt: skip
-    gate = None if plan.gate is None else tuple(size > 1 for size in plan.gate.table.shape[:2])
-    return (plan.partial is not None, tests, gate, None if alive is None else alive.shape[1] > 1)
+def _dense(x: Tensor) -> Tensor:
+    """x (B, H, N, D) with its strides following from its shape, so that they need no symbols; tokens are dynamic."""
+    x = x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+    maybe_mark_dynamic(x, 2)
+    return x
 
 
-def _tables(plan: TilePlan) -> tuple:
-    return plan.predicate, plan.gate
+class _Run:
+    """One compiled function, checked against the gather tier the first time it runs."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._call = _compile(kind)
+        self._lock = threading.Lock()
+        self._verified = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, alive: Cells | None) -> Tensor:
+        # A grad mode that differs from call to call would compile the same thing twice.
+        with torch.no_grad():
+            if self._verified:
+                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, alive)
+            with self._lock:
+                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, alive)
+
+    def verify(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, alive: Tensor | None
+    ) -> None:
+        """Compare the query tile that visits the fewest keys, once. Raises ``FlexUnavailable``."""
+        if self._verified:
+            return
+        visited = plan.full.count.sum((0, 1)) + (0 if plan.partial is None else plan.partial.count.sum((0, 1)))
+        tile = int(visited.argmin())
+        rows = slice(tile * plan.tile_q, (tile + 1) * plan.tile_q)
+        expected, _ = gather.rows(q, k, v, plan, tile, scale=scale, alive=alive)
+        error = (out[:, :, rows].float() - expected.float()).abs().max()
+        limit = (0.05 if q.element_size() == 2 else 1e-3) * v.float().abs().max()
+        if not error <= limit and torch.isfinite(expected).all():
+            raise FlexUnavailable(
+                f"FlexAttention is off by {error.item():.1e} from the plan (at most {limit.item():.1e} is rounding) "
+                f"for {self._kind}; use backend='gather' and report this"
+            )
+        self._verified = True
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(kind: tuple):
-    """One compiled function per shape class; shapes are dynamic, tables are arguments."""
-    has_partial, tests, gate_heads, alive_heads = kind
+@functools.lru_cache(maxsize=256)
+def _compiled(kind: Kind) -> _Run:
+    return _Run(kind)
 
-    def run(q, k, v, part_count, part_index, full_count, full_index, tables, alive, tile_q, tile_k, scale):
-        predicate, gate = tables
 
+def _compile(kind: Kind):
+    tested = kind.tests is not None
+    gated, ruled = tested and kind.tests.gate, tested and kind.tests.predicate
+    tile, scale, scored, gqa = kind.tile, kind.scale, kind.alive, kind.shape[1] != kind.shape[2]
+
+    def run(q, k, v, part_count, part_index, full_count, full_index, predicate, gate, alive):
         def mask_mod(b, h, qi, ki):
-            if gate_heads is None:
+            if not gated:
                 return predicate.visible(qi, ki)
-            batch, head = b if gate_heads[0] else 0, h if gate_heads[1] else 0
-            cell = gate.table[batch, head, gate.q_row[qi], gate.k_col[ki]]
-            return cell == 2 if predicate is None else (cell == 2) | ((cell == 1) & predicate.visible(qi, ki))
+            cell = gate.cells[gate.batch[b] + gate.head[h] + gate.q_base[qi] + gate.k_col[ki]]
+            return (cell == 2) | ((cell == 1) & predicate.visible(qi, ki)) if ruled else cell == 2
 
         def everything(b, h, qi, ki):
             return qi >= 0
 
         def score_mod(score, b, h, qi, ki):
-            return torch.where(alive[b, h if alive_heads else 0, ki], score, -float("inf"))
+            return torch.where(alive.cells[alive.batch[b] + alive.head[h] + ki], score, -float("inf"))
 
         mask = BlockMask.from_kv_blocks(
             part_count,
             part_index,
             full_count,
             full_index,
-            BLOCK_SIZE=(tile_q, tile_k),
-            mask_mod=mask_mod if has_partial else everything,
+            BLOCK_SIZE=tile,
+            mask_mod=mask_mod if tested else everything,
             seq_lengths=(q.shape[2], k.shape[2]),
             compute_q_blocks=False,
         )
-        return flex_attention(
-            q, k, v, score_mod=None if alive is None else score_mod, block_mask=mask, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        score = score_mod if scored else None
+        return flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=gqa)
 
     # The recompile limit is shared by all wrappers of one code object, so each kind gets its own.
     run.__code__ = run.__code__.replace(co_name=f"flex_block_sparse_{abs(hash(kind)) % 10**8}")
-    return torch.compile(run, fullgraph=True, dynamic=True)
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 def _self_check(device: str) -> None:
     """Two key tiles, one listed: the answer must be the sparse one."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 32, 16, generator=generator).to(device) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 256, 16, generator=generator).to(device) for _ in range(3))
     count = torch.ones((1, 1, 2), dtype=torch.int32)
-    plan = TilePlan(16, 16, 32, 32, BlockList(count, torch.zeros((1, 1, 2, 1), dtype=torch.int32))).to(device)
+    plan = TilePlan(128, 128, 256, 256, BlockList(count, torch.zeros((1, 1, 2, 1), dtype=torch.int32))).to(device)
     out, _ = attention(q, k, v, plan, scale=0.25)
-    sparse = torch.softmax(q @ k[:, :, :16].mT * 0.25, -1) @ v[:, :, :16]
+    sparse = torch.softmax(q @ k[:, :, :128].mT * 0.25, -1) @ v[:, :, :128]
     error = (out - sparse).abs().max().item()
     if not error < 1e-3:
         raise FlexUnavailable(f"the self-check found an error of {error:.1e}: the block lists were not honoured")

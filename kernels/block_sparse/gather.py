@@ -15,25 +15,35 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, in O(visited tiles) time and O(tile_q x visited) memory."""
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for tile in range(plan.tiles_q):
+        inside = slice(tile * plan.tile_q, (tile + 1) * plan.tile_q)
+        out[:, :, inside], lse[:, :, inside] = rows(q, k, v, plan, tile, scale=scale, alive=alive)
+    return out, lse
+
+
+def rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, tile: int, *, scale: float, alive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, R, Dv) and LSE (B, H, R) of the R queries of one query tile."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, groups = q.shape[1], q.shape[1] // k.shape[1]
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    lse = q.new_empty(q.shape[:3], dtype=dtype)
-    for tile in range(plan.tiles_q):
-        rows = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
-        slots, live = _visible(plan, tile, rows)
-        if alive is not None:
-            live = live & _pick(alive[..., None], slots)[..., 0][:, :, None, :]
-        shared = slots.shape[0] == 1 and slots.shape[1] == 1
-        keys, values = (_heads(_take(x, slots, shared, heads, groups), heads, groups).to(dtype) for x in (k, v))
-        scores = (q[:, :, rows].to(dtype) @ keys.mT) * scale
-        scores = scores.masked_fill(~live, -torch.inf)
-        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
-        weights = torch.exp(scores - top)
-        total = weights.sum(-1, keepdim=True)
-        out[:, :, rows] = ((weights @ values) / total.masked_fill(total == 0, 1)).to(q.dtype)
-        lse[:, :, rows] = (top + total.log())[..., 0]
-    return out, lse
+    inside = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
+    slots, live = _visible(plan, tile, inside)
+    q = q[:, :, inside].to(dtype)
+    if not slots.shape[-1]:
+        return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -torch.inf)
+    if alive is not None:
+        live = live & _pick(alive[..., None], slots)[..., 0][:, :, None, :]
+    shared = slots.shape[0] == 1 and slots.shape[1] == 1
+    keys, values = (_heads(_take(x, slots, shared, groups), heads, groups).to(dtype) for x in (k, v))
+    scores = (q @ keys.mT) * scale
+    scores = scores.masked_fill(~live, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ values) / total.masked_fill(total == 0, 1), (top + total.log())[..., 0]
 
 
 def _visible(plan: TilePlan, tile: int, rows: slice) -> tuple[Tensor, Tensor]:
@@ -75,7 +85,7 @@ def _tested(plan: TilePlan, q: Tensor, slots: Tensor) -> Tensor:
     return cell == 2 if seen is None else (cell == 2) | ((cell == 1) & seen)
 
 
-def _take(x: Tensor, slots: Tensor, shared: bool, heads: int, groups: int) -> Tensor:
+def _take(x: Tensor, slots: Tensor, shared: bool, groups: int) -> Tensor:
     if shared:
         return x.index_select(2, slots[0, 0])
     if slots.shape[1] > 1 and groups > 1:

@@ -104,8 +104,10 @@ def test_blocks_divide_the_tiles_that_they_can_divide(capability, dim, itemsize)
             assert block >= 16
 
 
-@pytest.mark.parametrize(("tile", "best", "block"), [(100, 128, 128), (48, 128, 64), (8, 128, 16), (160, 128, 32)])
-def test_fit_wastes_least(tile, best, block):
+@pytest.mark.parametrize(
+    ("tile", "best", "block"), [(100, 128, 128), (48, 128, 64), (8, 128, 16), (160, 128, 64), (455, 128, 128)]
+)
+def test_fit(tile, best, block):
     assert tuning.fit(tile, best) == block
 
 
