@@ -24,9 +24,9 @@ from ..processors import Processor
 from ..schedule import Schedule
 from .freeswim_engine import Clock, Counts, DualEngine
 
-# The released softmax scale is sqrt(SCALE_FACTOR / head size) in both paths, whatever the sizes: the logarithm of 3120
-# tokens per frame to the base of 1560, the frame of 480 x 832 pixels. 1.0 is the model's own scale.
-SCALE_FACTOR = math.log(3120, 1560)
+# The released softmax scale of both paths is this many times the model's own, whatever the sizes: the root of the
+# logarithm of 3120 tokens per frame to the base of 1560, the frame of 480 x 832 pixels.
+SCALE_FACTOR = math.sqrt(math.log(3120, 1560))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FreeSwimPipeline:
     on every n-th step, conditional pass only, and its cross-attention is reused in between (released default 2, their
     script suggests 5); None runs it in both passes of every step, which costs more than dense attention.
     ``native_size``: (height, width) in pixels that the model was trained for; None where it is known from the model.
-    ``scale_factor``: softmax scale of both paths, as sqrt(scale_factor / head size). ``cache_device``: where the cached
+    ``scale_factor``: softmax scale of both self-attentions over the model's own. ``cache_device``: where the cached
     outputs wait (``"cpu"`` spares layers x tokens x width of GPU memory). ``backend``: execution tier of the windows.
 
     Batches of any size are served. While a call runs the pipeline has no other accelerated attention; afterwards it
@@ -117,12 +117,10 @@ class FreeSwimPipeline:
                 f"FreeSwim serves models with separate self- and cross-attention, {' and '.join(_TRAITS)}; "
                 f"{type(model).__name__} is of family {family.name!r}"
             )
-        config = model.config
-        head_dim = config.attention_head_dim
-        native = self.native_size or native_size_of(model)
-        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[-1]
+        patch, native = model.config.patch_size, self.native_size or native_size_of(model)
+        patch = patch if isinstance(patch, int) else patch[-1]
         window = GNA.inward(native, patch=getattr(self.pipe, traits.spatial) * patch)
-        return replace(window, scale=math.sqrt(self.scale_factor / head_dim))
+        return replace(window, scale=self.scale_factor * model.config.attention_head_dim**-0.5)
 
     @contextmanager
     def attached(self) -> Iterator[list[DualEngine]]:

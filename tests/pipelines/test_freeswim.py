@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -68,8 +67,9 @@ def test_f1_f2_the_window_is_the_released_one(grid, native):
 
 
 def test_f5_the_softmax_scale():
-    assert pytest.approx(1.0942744, abs=5e-8) == SCALE_FACTOR
+    assert SCALE_FACTOR**2 == pytest.approx(1.0942744, abs=5e-8)
     pipe = tiny_pipeline()
+    assert swim(pipe).method(pipe.transformer).window == (-1, 3, 3)
     assert swim(pipe).method(pipe.transformer).scale == pytest.approx(math.sqrt(1.0942744 / 12))
     assert swim(pipe, scale_factor=1.0).method(pipe.transformer).scale == pytest.approx(12**-0.5)
 
@@ -118,7 +118,7 @@ def test_a_guided_forward_is_the_dual_path_written_by_hand(family, monkeypatch):
     with torch.no_grad(), swim(pipe, None, native_size=native).attached():
         out = model(**call, return_dict=False)[0]
     twice = {k: v.repeat_interleave(2, 0) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
-    scale = math.sqrt(SCALE_FACTOR / model.config.attention_head_dim)
+    scale = math.sqrt(1.0942744 / model.config.attention_head_dim)
     by_hand = [ByHand(inward_mask(layout.grid, 1, 1), scale, text) for text in (False, True)]
     names = [name for name, _ in model.named_modules() if name.endswith((".attn1", ".attn2"))]
     patch(monkeypatch, module, model, names, by_hand)
@@ -413,10 +413,3 @@ def test_one_graph_around_the_model_is_refused(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(UnsupportedError, match="compile the blocks instead"), swim(pipe).attached():
         pipe.transformer(torch.randn(1, 4, 2, 8, 8), torch.tensor([5]), torch.randn(1, 4, 16))
-
-
-def test_the_window_is_the_model_s_own_sizes():
-    pipe = tiny_pipeline()
-    assert swim(pipe).method(pipe.transformer) == replace(
-        GNA.inward(NATIVE, patch=16), scale=math.sqrt(SCALE_FACTOR / 12)
-    )
