@@ -108,7 +108,7 @@ class Paro(Method):
 
 def _build(file: PlanFile, call: Call, heads: slice, where: int) -> Plan:
     ids = file.orders[file.header.layers.index(call.layer), heads].tolist()
-    mask = file.map(call.layer, where)[heads].to(call.device)
+    mask = file.map(call.layer, where, heads, call.device)
     blocks = Blocks.uniform(call.layout.tokens, file.header.block_size)
     return Plan(
         call.layout, blocks, blocks, BlockList.from_mask(mask[None]), order=_order(call.layout, ids, call.device)

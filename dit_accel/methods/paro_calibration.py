@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .base import check_density
-from .paro_statistics import LayerTally, OrderedBlocks, Statistics
+from .paro_statistics import BlockSums, LayerTally, OrderedBlocks, Statistics
 
 METRICS = ("mass", "paper")
 # Share of the mass whose blocks are counted, and the share of small entries that makes a block count as empty.
@@ -27,14 +27,12 @@ class LayerPlan:
 
     ``orders``: int8 (H,), axis order ids. ``maps``: bool (bins, H, nb, nb), kept blocks in plan order. ``density``:
     kept share of all token pairs, per bin. ``recall``: share of the attention mass on kept blocks, per bin and head.
-    ``costs``: float64 (H, O), by which the orders were chosen.
     """
 
     orders: Tensor
     maps: Tensor
     density: tuple[float, ...]
     recall: Tensor
-    costs: Tensor
 
 
 def calibrate(
@@ -49,34 +47,40 @@ def calibrate(
     """Choose orders and maps: (layer, plan) for every layer seen, one at a time, since maps of many layers are large.
 
     ``density``: kept fraction, reached per layer and bin by one threshold for its heads, so that heads that need more
-    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`. ``order``: use this axis order for
-    all heads instead of choosing, 0 for PARO without reordering. Raises ``UsageError`` for values out of range.
+    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`, without effect where the statistics
+    were taken for chosen orders. ``order``: use this axis order for all heads instead of choosing, 0 for PARO without
+    reordering. Raises ``UsageError`` for values out of range.
     """
     check_density(density)
     if not statistics.layers:
         raise UsageError("the calibration saw no attention call; run the model with Observe(statistics.observe) first")
-    check_metric(metric, alpha, detail=statistics.detail)
-    column = None if order is None else _column(statistics.shape, order)
+    ids = torch.tensor(statistics.shape.ids, dtype=torch.int8)
+    if statistics.orders is None:
+        check_metric(metric, alpha, detail=statistics.detail)
+        column = None if order is None else _column(statistics.shape, order)
+    elif order is not None:
+        raise UsageError(f"the statistics were taken for chosen orders and know no other; got order={order}")
 
-    def one(tally: LayerTally) -> LayerPlan:
+    def one(layer: int, tally: LayerTally) -> LayerPlan:
+        if statistics.orders is not None:
+            return _layer_plan(statistics, tally, tally.mass[:, :, 0], statistics.orders[layer], density)
         price = costs(statistics, tally, metric=metric, alpha=alpha, maximize_sparse=maximize_sparse)
         index = price.argmin(-1) if column is None else torch.full(price.shape[:1], column)
-        return _layer_plan(statistics, tally, index, density, price)
+        return _layer_plan(statistics, tally, tally.mass[:, torch.arange(len(index)), index], ids[index], density)
 
-    return ((layer, one(tally)) for layer, tally in sorted(statistics.layers.items()))
+    return ((layer, one(layer, tally)) for layer, tally in sorted(statistics.layers.items()))
 
 
-def _layer_plan(statistics: Statistics, tally: LayerTally, index: Tensor, density: float, price: Tensor) -> LayerPlan:
+def _layer_plan(statistics: Statistics, tally: LayerTally, mass: Tensor, orders: Tensor, density: float) -> LayerPlan:
+    """mass: float32 (bins, H, nb, nb), under each head's own order."""
     shape = statistics.shape
-    mass = tally.mass[:, torch.arange(len(index)), index]
     seen = [_seen(tally, where) for where in range(statistics.bins)]
     maps = [threshold(mass[b], shape, density) for b in seen]
     return LayerPlan(
-        orders=torch.tensor(shape.ids, dtype=torch.int8)[index],
+        orders=orders.to(torch.int8),
         maps=torch.stack(maps),
         density=tuple(block_density(kept, shape) for kept in maps),
         recall=torch.stack([_recall(mass[b], kept) for b, kept in zip(seen, maps, strict=True)]),
-        costs=price,
     )
 
 
@@ -119,10 +123,53 @@ def costs(
     Raises ``UsageError`` where the statistics were taken without ``detail`` and the cost needs it.
     """
     check_metric(metric, alpha, detail=tally.peak is not None)
-    first = block_count(statistics, tally) if metric == "mass" else sparse_share(statistics, tally)
+    return _cost(_terms(statistics, tally, metric, alpha), metric, alpha, maximize_sparse)
+
+
+def _terms(statistics: Statistics, tally: LayerTally, metric: str, alpha: float) -> Tensor:
+    """float64 (1 or 2, H, O): the sparsity term, and the quantisation term where it counts."""
+    terms = [block_count(statistics, tally) if metric == "mass" else sparse_share(statistics, tally)]
+    if alpha < 1:
+        terms.append(peakedness(statistics, tally))
+    return torch.stack(terms)
+
+
+def _cost(terms: Tensor, metric: str, alpha: float, maximize_sparse: bool) -> Tensor:
     sign = -1 if metric == "paper" and maximize_sparse else 1
-    cost = sign * alpha * _normalised(first)
-    return cost if alpha == 1 else cost + (1 - alpha) * _normalised(peakedness(statistics, tally))
+    cost = sign * alpha * _normalised(terms[0])
+    return cost if alpha == 1 else cost + (1 - alpha) * _normalised(terms[1])
+
+
+class OrderVotes(Statistics):
+    """Chooses axis orders from the costs of single calls, summed: a few numbers per head in the place of block sums.
+
+    For models whose sums under every order do not fit in memory; ``Statistics(orders=votes.winners())`` then takes the
+    maps in a second run. Arguments as for :class:`~.paro_statistics.Statistics` and :func:`costs`.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int = 64,
+        metric: str = "mass",
+        alpha: float = 1.0,
+        maximize_sparse: bool = False,
+        rows: float = 1.0,
+    ):
+        check_metric(metric, alpha, detail=True)
+        super().__init__(bins=1, block_size=block_size, detail=needs_detail(metric, alpha), rows=rows)
+        self._how = metric, alpha, maximize_sparse
+        self._terms: dict[int, Tensor] = {}
+
+    def count(self, layer: int, heads: int, where: int, sums: BlockSums) -> None:
+        whole = (None if x is None else x[None] for x in (sums.mass, sums.peak, sums.small))
+        terms = _terms(self, LayerTally(*whole, torch.ones(1, dtype=torch.int64)), *self._how[:2]).cpu()
+        self._terms[layer] = self._terms.get(layer, 0) + terms
+
+    def winners(self) -> dict[int, Tensor]:
+        """int8 (H,) per layer seen."""
+        ids = torch.tensor(self.shape.ids, dtype=torch.int8)
+        return {layer: ids[_cost(terms, *self._how).argmin(-1)] for layer, terms in sorted(self._terms.items())}
 
 
 def block_count(statistics: Statistics, tally: LayerTally) -> Tensor:
@@ -137,14 +184,14 @@ def block_count(statistics: Statistics, tally: LayerTally) -> Tensor:
 def sparse_share(statistics: Statistics, tally: LayerTally) -> Tensor:
     """M_sparse: float64 (H, O), share of blocks of which at least 90 % of the entries are small."""
     entries = statistics.entries * tally.calls.clamp_min(1)[:, None, None, None, None]
-    share = _free(statistics, tally.small / entries.clamp_min(1))
+    share = _free(statistics, tally.small / entries.clamp_min(1).to(tally.small.device))
     return _over_bins((share >= EMPTY - 1e-6).double().mean(-1), tally)
 
 
 def peakedness(statistics: Statistics, tally: LayerTally) -> Tensor:
     """M_quant: float64 (H, O), mean over blocks of maximum / mean; 1 for a block of zeros."""
-    mean = tally.mass / statistics.entries.clamp_min(1)
-    ratio = torch.where(mean > 0, tally.peak / mean, torch.ones(()))
+    mean = tally.mass / statistics.entries.clamp_min(1).to(tally.mass.device)
+    ratio = (tally.peak / mean).masked_fill(mean == 0, 1)
     return _over_bins(_free(statistics, ratio).double().mean(-1), tally)
 
 

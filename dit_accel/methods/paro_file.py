@@ -119,7 +119,11 @@ def write(path: str | Path, header: Header, plans: Iterable[tuple[int, LayerPlan
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={KEY: _encode(values)})
+        # safetensors leaves a file that only its owner can read, whatever the umask.
+        partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the plan to {path}: {error}; give another -o") from None
@@ -158,13 +162,13 @@ class PlanFile:
         self._verify("orders", found, (len(self.header.layers), self.header.heads))
         return found
 
-    def map(self, layer: int, where: int) -> Tensor:
-        """bool (H, nb, nb): the map of one layer and bin; nothing else is read."""
+    def map(self, layer: int, where: int, heads: slice = slice(None), device: torch.device | None = None) -> Tensor:
+        """bool (H, nb, nb) on ``device``: the map of one layer and bin for ``heads``; nothing else is read."""
         header = self.header
         with _opened(self.path) as file:
             packed = self._tensor(file, f"maps.{layer}", where)
         self._verify(_slice(layer, where), packed, (header.heads, -(-(header.blocks**2) // 8)))
-        return unpack(packed, header.blocks)
+        return unpack(packed[heads].to(device or packed.device), header.blocks)
 
     def _tensor(self, file: Any, name: str, where: int | None = None) -> Tensor:
         from safetensors import SafetensorError

@@ -72,12 +72,22 @@ class OrderedBlocks:
 class BlockSums:
     """Block statistics of one attention call, for G heads: ``mass``, and with ``detail`` ``peak`` and ``small``.
 
-    float32 (G, O, nb, nb): the sum of the weights of a block, their maximum, and how many lie below ``epsilon``.
+    float32 (G, O, nb, nb): the sum of the weights of a block, their maximum, and how many lie below ``epsilon``. With
+    ``chosen``, a position in ``shape.ids`` per head, (G, 1, nb, nb) under that order alone.
     """
 
-    def __init__(self, shape: OrderedBlocks, heads: int, device: torch.device, *, detail: bool, epsilon: float):
-        self.shape, self.epsilon = shape, epsilon
-        size = (heads, len(shape.ids), shape.blocks.count, shape.blocks.count)
+    def __init__(
+        self,
+        shape: OrderedBlocks,
+        heads: int,
+        device: torch.device,
+        *,
+        detail: bool = False,
+        epsilon: float = 1e-3,
+        chosen: list[int] | None = None,
+    ):
+        self.shape, self.epsilon, self._chosen = shape, epsilon, chosen
+        size = (heads, len(shape.ids) if chosen is None else 1, shape.blocks.count, shape.blocks.count)
         self.mass = torch.zeros(size, device=device)
         self.peak = torch.zeros(size, device=device) if detail else None
         self.small = torch.zeros(size, device=device) if detail else None
@@ -86,14 +96,20 @@ class BlockSums:
 
     def add(self, weights: Tensor, rows: Tensor, heads: slice = slice(None)) -> None:
         """Count ``heads`` at ``rows`` int64 (R,). weights: float32 (G, N, R), the softmax over N keys, keys first."""
-        below = None if self.small is None else (weights < self.epsilon).float()
-        for o, order in enumerate(self._orders):
-            owner = self._owner[o, rows]
-            self.mass[heads, o].index_add_(1, owner, self._sums(weights, order))
-            if below is not None:
-                self.small[heads, o].index_add_(1, owner, self._sums(below, order))
-                maxima = self._maxima(weights, order)
-                self.peak[heads, o].scatter_reduce_(1, owner[:, None].expand_as(maxima), maxima, "amax")
+        if self._chosen is None:
+            for o in range(len(self.shape.ids)):
+                self._add(weights, rows, heads, o, o)
+            return
+        for i, head in enumerate(range(self.mass.shape[0])[heads]):
+            self._add(weights[i : i + 1], rows, slice(head, head + 1), self._chosen[head], 0)
+
+    def _add(self, weights: Tensor, rows: Tensor, heads: slice, o: int, column: int) -> None:
+        owner, order = self._owner[o, rows], self._orders[o]
+        self.mass[heads, column].index_add_(1, owner, self._sums(weights, order))
+        if self.peak is not None:
+            self.small[heads, column].index_add_(1, owner, self._sums((weights < self.epsilon).float(), order))
+            maxima = self._maxima(weights, order)
+            self.peak[heads, column].scatter_reduce_(1, owner[:, None].expand_as(maxima), maxima, "amax")
 
     def _sums(self, x: Tensor, order: Tensor) -> Tensor:
         """(G, R, nb): x (G, N, R) summed over the keys of every block under ``order``, in one pass without a copy."""
@@ -128,17 +144,27 @@ class Statistics:
 
     ``bins``: timestep bins. ``detail``: also keep what the quantisation cost and the printed metric need, at about
     three times the work. ``epsilon``: below it a weight counts as small (the paper's example, 1e-3). ``rows``:
-    fraction of query rows looked at, evenly spread. Guidance branches and samples of a batch count alike.
+    fraction of query rows looked at, evenly spread. ``orders``: int8 (H,) per layer where the axis orders are chosen
+    already (:class:`~.paro_calibration.OrderVotes`); then only these are kept, a sixth of the memory. Guidance
+    branches and samples of a batch count alike.
     """
 
     def __init__(
-        self, *, bins: int = 4, block_size: int = 64, detail: bool = False, epsilon: float = 1e-3, rows: float = 1.0
+        self,
+        *,
+        bins: int = 4,
+        block_size: int = 64,
+        detail: bool = False,
+        epsilon: float = 1e-3,
+        rows: float = 1.0,
+        orders: dict[int, Tensor] | None = None,
     ):
         if bins < 1 or block_size < 1:
             raise UsageError(f"calibration needs bins >= 1 and block_size >= 1; got bins={bins}, {block_size=}")
         if not 0 < rows <= 1:
             raise UsageError(f"rows is the fraction of query rows looked at and lies in (0, 1]; got {rows}")
         self.bins, self.block_size, self.detail, self.epsilon, self.rows = bins, block_size, detail, epsilon, rows
+        self.orders = orders
         self.shape: OrderedBlocks | None = None
         self.layers: dict[int, LayerTally] = {}
 
@@ -146,22 +172,28 @@ class Statistics:
         """What a calibration on ``layout`` holds in memory."""
         shape = OrderedBlocks.of(layout, self.block_size)
         tables = 3 if self.detail else 1
-        return 4 * tables * layers * self.bins * heads * len(shape.ids) * shape.blocks.count**2
+        orders = len(shape.ids) if self.orders is None else 1
+        return 4 * tables * layers * self.bins * heads * orders * shape.blocks.count**2
 
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> None:
         """Count one call. q (B, H, N, D), k (B, Hk, N, D). Raises where the layout or the head count changed."""
         shape = self._shape(call)
         scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
-        tally, where = self._tally(call.layer, q.shape[1]), bin_of(call.step, self.bins)
+        where = bin_of(call.step, self.bins)
         for sample in range(q.shape[0]):
             valid = None if call.kv_valid is None else int(call.kv_valid[sample])
-            sums = self._sums(shape, q[sample], k[sample], scale, valid)
-            tally.mass[where] += sums.mass.cpu()
-            if self.detail:
-                tally.peak[where] += sums.peak.cpu()
-                tally.small[where] += sums.small.cpu()
-            tally.calls[where] += 1
+            sums = self._sums(shape, q[sample], k[sample], scale, valid, self._chosen(call.layer))
+            self.count(call.layer, q.shape[1], where, sums)
+
+    def count(self, layer: int, heads: int, where: int, sums: BlockSums) -> None:
+        """Add what one sample of a call gave."""
+        tally = self._tally(layer, heads)
+        tally.mass[where] += sums.mass.cpu()
+        if self.detail:
+            tally.peak[where] += sums.peak.cpu()
+            tally.small[where] += sums.small.cpu()
+        tally.calls[where] += 1
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -174,13 +206,18 @@ class Statistics:
         rows = one_hot(self.shape.owner[:, self._rows], self.shape.blocks.count).sum(1)
         return (rows[:, :, None] * self.shape.blocks.sizes).float()
 
-    def _sums(self, shape: OrderedBlocks, q: Tensor, k: Tensor, scale: float, valid: int | None) -> BlockSums:
+    def _chosen(self, layer: int) -> list[int] | None:
+        return None if self.orders is None else [self.shape.ids.index(i) for i in self.orders[layer].tolist()]
+
+    def _sums(
+        self, shape: OrderedBlocks, q: Tensor, k: Tensor, scale: float, valid: int | None, chosen: list[int] | None
+    ) -> BlockSums:
         heads, n, _ = q.shape
         limit = CHUNK.get(q.device.type, CHUNK["cuda"])
         count = max(min(limit // n, 512), 16)
         group = max(limit // (n * count), 1)
         rows = self._rows.to(q.device)
-        total = BlockSums(shape, heads, q.device, detail=self.detail, epsilon=self.epsilon)
+        total = BlockSums(shape, heads, q.device, detail=self.detail, epsilon=self.epsilon, chosen=chosen)
         for head in range(0, heads, group):
             some = slice(head, min(head + group, heads))
             keys = k.repeat_interleave(heads // k.shape[0], 0)[some].float()
@@ -204,7 +241,7 @@ class Statistics:
         return self.shape
 
     def _tally(self, layer: int, heads: int) -> LayerTally:
-        nb, orders = self.shape.blocks.count, len(self.shape.ids)
+        nb, orders = self.shape.blocks.count, len(self.shape.ids) if self.orders is None else 1
         if layer not in self.layers:
 
             def zeros() -> Tensor:

@@ -155,8 +155,24 @@ def test_the_output_is_looked_at_first(make, monkeypatch, tmp_path):
 def test_statistics_that_do_not_fit_are_told_before_the_run(make, monkeypatch):
     monkeypatch.setattr(Statistics, "bytes", lambda self, *shape: 10**15)
     monkeypatch.setattr(module, "generate", None)
-    with pytest.raises(DitAccelError, match=r"take 1000000\.0 GB .* --bins 1"):
+    with pytest.raises(DitAccelError, match=r"take 1000000\.0 GB .* fewer --bins \(now 2\)"):
         calibrate_paro(make(), progress=False)
+    with pytest.raises(DitAccelError, match="leave orders_first to the tool"):
+        calibrate_paro(make(orders_first=False), progress=False)
+
+
+def test_short_memory_chooses_orders_in_a_pass_of_their_own(make, monkeypatch, tmp_path):
+    runs = []
+    own = module.generate
+    monkeypatch.setattr(module, "generate", lambda *args: runs.append(args) or own(*args))
+    asked = calibrate_paro(make(orders_first=True, steps=2, out=tmp_path / "asked"), progress=False)
+    assert len(runs) == 4
+    bytes_all = Statistics(bins=2, block_size=4).bytes(asked.header.layout, 2, 3)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": bytes_all - 1}))
+    heard = []
+    found = calibrate_paro(make(steps=2), listen=lambda *event: heard.append(event), progress=False)
+    assert ("orders first", {"asked": False}) in heard
+    assert found.path.read_bytes() == asked.path.read_bytes()
 
 
 def test_memory_needed_is_what_is_held(plan):

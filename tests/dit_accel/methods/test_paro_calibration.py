@@ -7,6 +7,7 @@ from dit_accel.errors import UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Call
 from dit_accel.methods.paro_calibration import (
+    OrderVotes,
     block_count,
     block_density,
     calibrate,
@@ -178,6 +179,37 @@ def test_block_density_counts_tokens_not_blocks():
 def test_settings_out_of_range_are_refused(settings, match):
     with pytest.raises(UsageError, match=match):
         planned(observed(Layout((3, 4, 5)), steps=1), **{"density": 0.5, **settings})
+
+
+def replay(listener, layout, calls=4, heads=3, total=4):
+    g = torch.Generator().manual_seed(5)
+    for index in range(calls):
+        q, k = torch.randn((2, 1, heads, layout.tokens, 8), generator=g) * 2
+        listener.observe(q, k, None, Call(layout, step=Step(index, total)))
+
+
+@pytest.mark.parametrize("how", [{}, {"metric": "paper", "alpha": 0.5, "maximize_sparse": True}])
+def test_votes_on_one_call_choose_as_its_block_sums_do(how):
+    layout = Layout((3, 4, 5), text=6)
+    votes, statistics = OrderVotes(block_size=8, **how), Statistics(bins=1, block_size=8, detail=True)
+    for listener in (votes, statistics):
+        replay(listener, layout, calls=1)
+    assert torch.equal(votes.winners()[0], planned(statistics, density=0.5, **how)[0].orders)
+
+
+def test_maps_under_chosen_orders_equal_those_taken_with_all_orders():
+    layout = Layout((3, 4, 5), text=6)
+    everything = Statistics(bins=2, block_size=8)
+    replay(everything, layout)
+    expected = planned(everything, density=0.6)[0]
+    some = Statistics(bins=2, block_size=8, orders={0: expected.orders})
+    replay(some, layout)
+    assert some.bytes(layout, 3, 1) * 6 == everything.bytes(layout, 3, 1)
+    found = planned(some, density=0.6)[0]
+    assert torch.equal(found.orders, expected.orders)
+    assert torch.equal(found.maps, expected.maps)
+    with pytest.raises(UsageError, match="know no other"):
+        calibrate(some, density=0.6, order=0)
 
 
 def test_a_calibration_that_saw_nothing_says_so():

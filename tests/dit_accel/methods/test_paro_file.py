@@ -53,6 +53,8 @@ def test_the_file_describes_itself(made):
     assert 0.5 < found.recall <= 1
     assert len(found.fingerprint) == 16
     assert not list(path.parent.glob("*.partial"))
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
 
 
 def test_writing_the_same_plan_twice_gives_the_same_bytes(tmp_path):
