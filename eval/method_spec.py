@@ -41,7 +41,9 @@ def describe(method: Method) -> str:
     parts = []
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
-        if value != f.default:
+        # One value per axis, all of them the default, is the default.
+        alike = isinstance(value, tuple) and not isinstance(f.default, tuple) and set(value) == {f.default}
+        if value != f.default and not alike:
             parts.append(f"{f.name}={_text(value)}")
     return ", ".join(parts) or "defaults"
 
@@ -147,7 +149,7 @@ def _name(hint: Any) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_text, value))
+        return ",".join(map(_text, value[:1] if len(set(value)) == 1 else value))
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -190,6 +190,8 @@ def test_tuples_presets_and_lone_values():
 
 def test_every_method_can_be_named_and_described():
     assert describe(Radial()) == "defaults"
+    gna = REGISTRY["gna"]
+    assert describe(gna(window=(3, 5, 5), dilation=(1, 1, 1))) == describe(gna(window=(3, 5, 5)))
     assert describe(Radial(decay=0.25, rule="upstream")) == "decay=0.25, rule=upstream, variant=wan"
 
 

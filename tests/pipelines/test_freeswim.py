@@ -67,7 +67,8 @@ def test_f1_f2_the_window_is_the_released_one(grid, native):
 
 
 def test_f5_the_softmax_scale():
-    assert SCALE_FACTOR**2 == pytest.approx(1.0942744, abs=5e-8)
+    squared = SCALE_FACTOR**2
+    assert squared == pytest.approx(1.0942744, abs=5e-8)
     pipe = tiny_pipeline()
     assert swim(pipe).method(pipe.transformer).window == (-1, 3, 3)
     assert swim(pipe).method(pipe.transformer).scale == pytest.approx(math.sqrt(1.0942744 / 12))
