@@ -245,3 +245,27 @@ def test_dense_attention_is_measured_too_and_equals_stock(make, tiny_wan, tmp_pa
     ).frames[0]  # fmt: skip
     ours = np.asarray(Image.open(tmp_path / "f" / "0001-a-red-circle-s42" / "00008.png")) / 255
     assert np.abs(ours - stock[8]).max() <= 1 / 255
+
+
+def test_the_first_output_that_compiled_kernels_says_so(make):
+    from dit_accel.pipelines.generate import Result
+
+    plan = plan_job(make(), dry=True)
+
+    def told(tier):
+        return module._compiling(plan, Result(None, {}, {"tier": tier}))
+
+    assert told("dense") == told("gather") == []
+    assert "include compiling" in told("flex")[0]
+    assert told("flex") == []
+
+
+def test_a_model_that_does_not_fit_comes_with_remedies(make, monkeypatch):
+    from dit_accel.errors import DitAccelError
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "load", full)
+    with pytest.raises(DitAccelError, match=r"out of memory.*--offload"):
+        render(plan_job(make()), progress=False)
