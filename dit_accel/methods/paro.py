@@ -64,6 +64,9 @@ class Paro(Method):
         planned = self._open().header.layout
         if layout.grid != planned.grid:
             raise UnsupportedError(self._misfit("grid", planned.grid, layout.grid))
+        # Who asks before a model runs may know the video tokens only.
+        if len(layout.segments) > 1 and layout != planned:
+            raise UnsupportedError(self._misfit("layout", planned, layout))
 
     def plan(self, q: Tensor, k: Tensor | None, v: Tensor | None, call: Call) -> Plan:
         file = call.state.plan((self, "file"), self._open)

@@ -168,6 +168,8 @@ def test_misfits_name_both_values_and_the_command(made):
     refused(r"layers 0\.\.1; this call has layer 2", layer=2)
     with pytest.raises(UnsupportedError, match=r"grid \(3, 4, 5\); this call has \(4, 4, 5\)"):
         method.check(Layout((4, 4, 5)))
+    with pytest.raises(UnsupportedError, match=r"text 6; this call has main 3x4x5 \+ text 7"):
+        method.check(Layout((3, 4, 5), text=7))
     method.check(Layout((3, 4, 5)))
 
 
