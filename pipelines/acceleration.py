@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from ..diffusers.families import known_families
 from ..errors import UnsupportedError, UsageError
 from ..functional import plan
+from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
 from ..processors import Processor
@@ -138,6 +141,23 @@ def planned_density(method: Method, layout: Layout | None) -> float | None:
     if layout is None or not method.static:
         return None
     return float(plan(None, None, None, method, layout=layout).density)
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ``UnsupportedError`` when the tier named cannot run on ``device``, before any weight is loaded."""
+    if backend == "triton":
+        try:
+            from ..kernels.block_sparse import triton as tier
+        except ImportError as error:
+            raise UnsupportedError(f"--backend triton: not importable ({error}); pip install triton") from None
+        # The verdict follows from the query's device, dtype and head size; the smallest one does.
+        why = tier.refuses(torch.empty((1, 1, 1, 64), dtype=dtype, device=device), None)
+    elif backend == "flex":
+        why = flex.unavailable(device.type)
+    else:
+        return
+    if why:
+        raise UnsupportedError(f"--backend {backend} cannot run here: {why}; use --backend auto")
 
 
 def _refuse_leftovers(accel: Acceleration, why: str | None) -> None:

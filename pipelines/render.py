@@ -12,6 +12,7 @@ import torch
 
 from ..errors import DitAccelError, UsageError
 from . import sidecar
+from .acceleration import check_backend
 from .compare import Pair, compare
 from .generate import Result, generate
 from .job import Job, Shot, digest, resolve
@@ -76,6 +77,8 @@ def plan_job(job: Job, *, dry: bool = False) -> Plan:
     image = job.image is not None or any(p.image is not None for p in job.prompts)
     info = inspect_model(job.model, image=image)
     shots = resolve(job, info)
+    if any(shot.choice.processor for shot in shots):
+        check_backend(job.accel.backend, device, dtype)
     if not dry:
         prepare_folder(job.out)
         if job.frames_dir is not None:

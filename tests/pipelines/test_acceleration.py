@@ -1,12 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dit_accel.diffusers import known_families
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Radial, RandomBlocks
-from dit_accel.pipelines.acceleration import Acceleration, choose
+from dit_accel.pipelines.acceleration import Acceleration, check_backend, choose
 
 VIDEO = Layout(grid=(21, 30, 52))
 
@@ -126,3 +127,17 @@ def test_a_transformer_that_no_family_knows_is_dense_by_default_and_it_is_said()
     assert decide(model="NoSuchTransformer", method="dense").notes == ()
     with pytest.raises(UnsupportedError, match=r"radial cannot run on NoSuchTransformer.*--method dense.*Known: .*Wan"):
         decide(model="NoSuchTransformer", method="radial")
+
+
+def test_a_tier_that_cannot_run_is_refused_early(monkeypatch):
+    from dit_accel.kernels.block_sparse import flex
+
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnsupportedError, match="--backend triton"):
+        check_backend("triton", cpu, torch.float32)
+    monkeypatch.setattr(flex, "unavailable", lambda device: "no C++ compiler")
+    with pytest.raises(UnsupportedError, match=r"--backend flex cannot run here: no C\+\+ compiler; use --backend auto"):
+        check_backend("flex", cpu, torch.float32)
+    for backend in ("auto", "gather", "reference"):
+        check_backend(backend, cpu, torch.float32)
