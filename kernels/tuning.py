@@ -30,10 +30,10 @@ class Tuning:
 # no registers. "float32" multiplies without tensor cores, in straight-line code that grows with the block.
 TABLE: dict[tuple[str, int], Tuning] = {
     ("sm80", 64): Tuning(128, 64, 32, 16, 4, 3),
-    ("sm80", 128): Tuning(128, 64, 64, 16, 8, 3),
+    ("sm80", 128): Tuning(128, 64, 32, 16, 8, 3),
     ("sm80", 256): Tuning(64, 64, 32, 32, 8, 2),
     ("small", 64): Tuning(128, 64, 32, 16, 4, 3),
-    ("small", 128): Tuning(128, 64, 64, 16, 8, 2),
+    ("small", 128): Tuning(128, 64, 32, 16, 8, 2),
     ("small", 256): Tuning(64, 32, 32, 32, 8, 2),
     ("sm90", 64): Tuning(128, 128, 64, 64, 8, 3),
     ("sm90", 128): Tuning(128, 128, 64, 32, 8, 3),

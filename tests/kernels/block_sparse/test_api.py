@@ -1,11 +1,12 @@
 """What block_sparse_attention refuses, and its permutations."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dit_accel.kernels import BlockList, Predicate, TilePlan
+from dit_accel.kernels import BlockList, Predicate, TilePlan, block_sparse
 from dit_accel.kernels.block_sparse import block_sparse_attention
 from dit_accel.kernels.block_sparse.api import put, take
 
@@ -38,6 +39,14 @@ def run(q=Q, k=Q, v=Q, plan=PLAN, **changes):
 def test_refusals_name_the_value_and_what_is_allowed(changes, message):
     with pytest.raises(ValueError, match=message):
         run(**changes)
+
+
+def test_without_triton_the_other_tiers_serve_and_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.delattr(block_sparse, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, f"{block_sparse.__name__}.triton", None)
+    assert run()[0].shape == Q.shape
+    with pytest.raises(NotImplementedError, match="pip install triton"):
+        run(backend="triton")
 
 
 def test_a_predicate_without_tests_shows_everything():
