@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,8 +25,11 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a stage learns: ``steps``, peak ``lr``, linear ``warmup`` steps, then cosine to ``floor``
-    x lr."""
+    """How long and how fast a stage learns: ``steps``, peak ``lr``, linear ``warmup``, then cosine to ``floor`` x lr.
+
+    ``curve`` holds (step, share of lr) points joined by straight lines and replaces warm-up and cosine: where the last
+    steps are the dearest, they need more than the tail of a cosine.
+    """
 
     steps: int
     lr: float
@@ -34,9 +38,13 @@ class Schedule:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
+    curve: tuple[tuple[int, float], ...] = ()
 
     def lr_at(self, step: int) -> float:
         """Learning rate of 0-based ``step``."""
+        if self.curve:
+            steps, shares = zip(*self.curve, strict=True)
+            return self.lr * float(np.interp(step, steps, shares))
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)

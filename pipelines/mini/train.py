@@ -38,7 +38,7 @@ def load_config(name: str) -> dict[str, Any]:
 
 
 def _schedule(part: dict[str, Any]) -> Schedule:
-    names = ("steps", "lr", "warmup", "ema", "floor", "weight_decay")
+    names = ("steps", "lr", "warmup", "ema", "floor", "weight_decay", "curve")
     return Schedule(**{k: part[k] for k in names if k in part})
 
 
