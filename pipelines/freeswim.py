@@ -192,6 +192,9 @@ def render_large(
         tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, transformer=pipe.transformer, vae=pipe.vae,
         scheduler=type(pipe.scheduler).from_config(config, **shift),
     )  # fmt: skip
+    for name in ("vae_scale_factor_spatial", "vae_scale_factor_temporal", "video_processor"):
+        # diffusers 0.42 derives these from the number of downsamplings here, which patchifying autoencoders exceed.
+        setattr(refine, name, getattr(pipe, name))
     refine.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     large = FreeSwimPipeline(refine, cache_steps, native_size=native_size, backend=backend)
     height, width = native_size or native_size_of(pipe.transformer)

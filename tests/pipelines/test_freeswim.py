@@ -318,6 +318,7 @@ def test_the_whole_recipe_over_the_stock_video_to_video_pipeline(monkeypatch):
     assert isinstance(large.pipe, WanVideoToVideoPipeline)
     assert large.pipe.scheduler.config.shift == 9.0
     assert pipe.scheduler.config.shift == 3.0
+    assert large.pipe.video_processor is pipe.video_processor
     # int(6 * 0.7) = 4 steps, two passes each, every other conditional one with its full row.
     assert (large.counts.forwards, large.counts.guide_forwards) == (8, 2)
 
