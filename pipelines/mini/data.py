@@ -58,9 +58,10 @@ def encode_shards(
     deadline: float | None = None,
     size: int = SHARD,
     workers: int = 0,
+    batch: int = 8,
 ) -> bool:
     """Writes the missing shards in order; returns whether all exist. ``deadline`` is in ``time.monotonic`` seconds,
-    ``workers`` processes draw (0: this one)."""
+    ``workers`` processes draw (0: this one), ``batch`` clips are encoded at once."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else nullcontext()
     with pool as executor:
@@ -71,7 +72,7 @@ def encode_shards(
             if deadline is not None and time.monotonic() > deadline:
                 return False
             scenes = shard_scenes(seed, index, size)
-            latents = encode_shard(vae, scenes, executor.map if executor else map)
+            latents = encode_shard(vae, scenes, executor.map if executor else map, batch)
             save_atomic({"latents": latents, "scenes": [asdict(s) for s in scenes]}, path)
     return True
 

@@ -104,9 +104,15 @@ class Run:
     def encode(self, deadline: float | None) -> bool:
         """Draws and encodes the training clips."""
         data = self.config["data"]
-        size = data.get("shard", SHARD)
         return encode_shards(
-            self.vae(), self.out / "data", data["shards"], self.seed, deadline, size, data.get("workers", 0)
+            self.vae(),
+            self.out / "data",
+            data["shards"],
+            self.seed,
+            deadline,
+            data.get("shard", SHARD),
+            data.get("workers", 0),
+            data.get("batch", 8),
         )
 
     def refine(self, deadline: float | None) -> bool:

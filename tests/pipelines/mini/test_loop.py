@@ -67,3 +67,8 @@ def test_learning_rate_warms_up_and_falls():
     assert schedule.lr_at(0) == pytest.approx(0.1)
     assert schedule.lr_at(10) == pytest.approx(1.0)
     assert schedule.lr_at(100) == pytest.approx(0.1)
+
+
+def test_a_curve_replaces_warm_up_and_cosine():
+    schedule = Schedule(100, 2.0, warmup=10, curve=((0, 0.0), (50, 1.0), (100, 0.5)))
+    assert [schedule.lr_at(step) for step in (0, 25, 50, 75, 100)] == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0])
