@@ -58,6 +58,7 @@ class Study:
     model: str | None = None
     bins: int = 4
     metric: str = "mass"
+    budget: str = "model"
     block_size: int = 64
     steps: int | None = None
     size: tuple[int, int] | None = None
@@ -94,6 +95,7 @@ def study(settings: Study, folder: Path, say: Callable[[str], None] = lambda tex
         "bins": settings.bins,
         "block_size": settings.block_size,
         "metric": settings.metric,
+        "budget": settings.budget,
         "prompts": {"calibration": [s.prompt for s in shots], "test": [s.prompt for s in tests]},
         "calibration_seconds": seconds,
         "orders": orders_chosen(plans),
@@ -111,9 +113,9 @@ def write_plans(
     for density in settings.densities:
         for side in SIDES:
             path = folder / f"paro-{density:g}-{side}.safetensors"
-            job = CalibrationJob(out=path, density=density, metric=settings.metric)
+            job = CalibrationJob(out=path, density=density, metric=settings.metric, budget=settings.budget)
             order = None if side == "reordered" else 0
-            chosen = calibrate(statistics, density=density, metric=settings.metric, order=order)
+            chosen = calibrate(statistics, density=density, metric=settings.metric, budget=settings.budget, order=order)
             write(path, describe_run(pipe, info, shots, statistics, job), chosen)
             plans[density, side] = Paro(path)
     return plans
@@ -241,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--file", help="prompt file (default: the bundled shape suite)")
     add("--bins", type=int, default=4)
     add("--metric", default="mass")
+    add("--budget", default="model")
     add("--block-size", type=int, default=64)
     add("--steps", type=int)
     add("--error-steps", type=int, default=8)
@@ -250,11 +253,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--keep", metavar="DIR", help="keep the plan files here")
     add("--out", metavar="FILE", help="write the result as JSON")
     args = parser.parse_args(argv)
-    settings = Study(
-        *_prompts(args.file, args.calibration, args.prompts), tuple(args.densities), args.model, args.bins, args.metric,
-        args.block_size, args.steps, error_steps=args.error_steps, error_prompts=args.error_prompts, seed=args.seed,
-        backend=args.backend,
-    )  # fmt: skip
+    same = (
+        "model",
+        "bins",
+        "metric",
+        "budget",
+        "block_size",
+        "steps",
+        "error_steps",
+        "error_prompts",
+        "seed",
+        "backend",
+    )
+    calibration, test = _prompts(args.file, args.calibration, args.prompts)
+    settings = Study(calibration, test, tuple(args.densities), **{name: getattr(args, name) for name in same})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)

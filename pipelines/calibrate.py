@@ -21,7 +21,7 @@ from ..methods.base import check_density
 from ..methods.observe import Listener as Watch
 from ..methods.observe import Observe
 from ..methods.orders import NAMES
-from ..methods.paro_calibration import LayerPlan, OrderVotes, calibrate, check_metric, needs_detail
+from ..methods.paro_calibration import LayerPlan, OrderVotes, calibrate, check_budget, check_metric, needs_detail
 from ..methods.paro_file import Header, describe_layout, write
 from ..methods.paro_statistics import Statistics
 from ..processors import Processor
@@ -52,10 +52,10 @@ class CalibrationJob:
 
     ``out``: the plan file. ``prompts``: one or two do; without any, two built-in ones. ``density``: kept fraction.
     ``bins``: timestep bins with a map each (released: 10 for CogVideoX, 4 for Wan). ``metric``, ``alpha``,
-    ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``rows``:
-    fraction of query rows looked at. ``orders_first``: choose the orders in runs of their own, a sixth of the memory
-    and twice the time; None does so where memory is short. ``size``: (width, height) in pixels, as the plan will be
-    used with.
+    ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``budget``: what
+    meets the density, the ``"model"`` or every ``"layer"``. ``rows``: fraction of query rows looked at.
+    ``orders_first``: choose the orders in runs of their own, a sixth of the memory and twice the time; None does so
+    where memory is short. ``size``: (width, height) in pixels, as the plan will be used with.
     """
 
     out: Path
@@ -66,6 +66,7 @@ class CalibrationJob:
     metric: str = "mass"
     alpha: float = 1.0
     maximize_sparse: bool = False
+    budget: str = "model"
     block_size: int = 64
     rows: float = 1.0
     orders_first: bool | None = None
@@ -94,7 +95,19 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        keep = ("model", "steps", "bins", "block_size", "heads", "density", "reached", "recall", "metric", "alpha")
+        keep = (
+            "model",
+            "steps",
+            "bins",
+            "block_size",
+            "heads",
+            "density",
+            "reached",
+            "recall",
+            "metric",
+            "alpha",
+            "budget",
+        )
         values = {key: getattr(self.header, key) for key in keep}
         values |= {"layout": str(self.header.layout), "fingerprint": self.header.fingerprint}
         return {
@@ -136,7 +149,7 @@ def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progr
     layers: list[dict[str, Any]] = []
 
     def plans() -> Any:
-        for layer, plan in calibrate(statistics, density=job.density, **_choice(job)):
+        for layer, plan in calibrate(statistics, density=job.density, budget=job.budget, **_choice(job)):
             layers.append(summary(layer, plan))
             yield layer, plan
 
@@ -206,6 +219,7 @@ def describe_run(pipe: Any, info: ModelInfo, shots: list[Shot], statistics: Stat
         recall=0.0,
         metric=job.metric,
         alpha=job.alpha,
+        budget=job.budget,
         library=__version__,
         weights=f"{info.name} {info.revision or info.fingerprint()}",
         scheduler=type(pipe.scheduler).__name__,
@@ -232,6 +246,7 @@ def _statistics(job: CalibrationJob, orders: dict[int, Tensor] | None = None) ->
 def _check(job: CalibrationJob) -> None:
     """Raise ``UsageError`` for settings that make no sense."""
     check_density(job.density)
+    check_budget(job.budget)
     check_metric(job.metric, job.alpha, detail=True)
     _statistics(job)
     if not job.out.parent.is_dir():

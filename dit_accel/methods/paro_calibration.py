@@ -6,8 +6,9 @@ stands here for both is this library's own, stated in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch import Tensor
 from ..errors import UsageError
 from .base import check_density
 from .paro_statistics import BlockSums, LayerTally, OrderedBlocks, Statistics
+from .paro_threshold import block_density, density_curve, solve_tau, threshold
 
 METRICS = ("mass", "paper")
+BUDGETS = ("model", "layer")
 # Share of the mass whose blocks are counted, and the share of small entries that makes a block count as empty.
 MASS, EMPTY = 0.95, 0.9
 
@@ -42,46 +45,78 @@ def calibrate(
     metric: str = "mass",
     alpha: float = 1.0,
     maximize_sparse: bool = False,
+    budget: str = "model",
     order: int | None = None,
 ) -> Iterator[tuple[int, LayerPlan]]:
     """Choose orders and maps: (layer, plan) for every layer seen, one at a time, since maps of many layers are large.
 
-    ``density``: kept fraction, reached per layer and bin by one threshold for its heads, so that heads that need more
-    get more. ``metric``, ``alpha``, ``maximize_sparse``: as for :func:`costs`, without effect where the statistics
-    were taken for chosen orders. ``order``: use this axis order for all heads instead of choosing, 0 for PARO without
-    reordering. Raises ``UsageError`` for values out of range.
+    ``density``: kept fraction. ``budget``: ``"model"`` meets it in the mean over layers, bins and heads, so that
+    whatever needs more gets more; ``"layer"`` in every layer and bin, in the mean over heads. ``metric``, ``alpha``,
+    ``maximize_sparse``: as for :func:`costs`, without effect where the statistics were taken for chosen orders.
+    ``order``: use this axis order for all heads instead of choosing, 0 for PARO without reordering. Raises
+    ``UsageError`` for values out of range.
     """
     check_density(density)
+    check_budget(budget)
     if not statistics.layers:
         raise UsageError("the calibration saw no attention call; run the model with Observe(statistics.observe) first")
-    ids = torch.tensor(statistics.shape.ids, dtype=torch.int8)
     if statistics.orders is None:
         check_metric(metric, alpha, detail=statistics.detail)
-        column = None if order is None else _column(statistics.shape, order)
     elif order is not None:
         raise UsageError(f"the statistics were taken for chosen orders and know no other; got order={order}")
+    how = {"metric": metric, "alpha": alpha, "maximize_sparse": maximize_sparse}
+    columns = {layer: _columns(statistics, tally, order, how) for layer, tally in sorted(statistics.layers.items())}
 
-    def one(layer: int, tally: LayerTally) -> LayerPlan:
-        if statistics.orders is not None:
-            return _layer_plan(statistics, tally, tally.mass[:, :, 0], statistics.orders[layer], density)
-        price = costs(statistics, tally, metric=metric, alpha=alpha, maximize_sparse=maximize_sparse)
-        index = price.argmin(-1) if column is None else torch.full(price.shape[:1], column)
-        return _layer_plan(statistics, tally, tally.mass[:, torch.arange(len(index)), index], ids[index], density)
+    def masses(layer: int) -> list[Tensor]:
+        """Block masses (H, nb, nb) by bin, every head under its own order."""
+        tally, index = statistics.layers[layer], columns[layer]
+        mass = tally.mass[:, torch.arange(len(index)), index]
+        return [mass[_seen(tally, where)] for where in range(statistics.bins)]
 
-    return ((layer, one(layer, tally)) for layer, tally in sorted(statistics.layers.items()))
+    return _plans(statistics, masses, columns, density, budget)
 
 
-def _layer_plan(statistics: Statistics, tally: LayerTally, mass: Tensor, orders: Tensor, density: float) -> LayerPlan:
-    """mass: float32 (bins, H, nb, nb), under each head's own order."""
-    shape = statistics.shape
-    seen = [_seen(tally, where) for where in range(statistics.bins)]
-    maps = [threshold(mass[b], shape, density) for b in seen]
-    return LayerPlan(
-        orders=orders.to(torch.int8),
-        maps=torch.stack(maps),
-        density=tuple(block_density(kept, shape) for kept in maps),
-        recall=torch.stack([_recall(mass[b], kept) for b, kept in zip(seen, maps, strict=True)]),
-    )
+def _plans(
+    statistics: Statistics,
+    masses: Callable[[int], list[Tensor]],
+    columns: dict[int, Tensor],
+    density: float,
+    budget: str,
+) -> Iterator[tuple[int, LayerPlan]]:
+    shape, ids = statistics.shape, torch.tensor(statistics.shape.ids, dtype=torch.int8)
+    shared = None
+    if budget == "model":
+        shared = solve_tau((density_curve(m, shape) for layer in columns for m in masses(layer)), density)
+    for layer, index in columns.items():
+        found = masses(layer)
+        taus = [solve_tau([density_curve(m, shape)], density) if shared is None else shared for m in found]
+        maps = [threshold(m, shape, tau) for m, tau in zip(found, taus, strict=True)]
+        yield (
+            layer,
+            LayerPlan(
+                orders=ids[index] if statistics.orders is None else statistics.orders[layer].to(torch.int8),
+                maps=torch.stack(maps),
+                density=tuple(block_density(kept, shape) for kept in maps),
+                recall=torch.stack(
+                    [(m * kept).sum((1, 2)) / m.sum((1, 2)) for m, kept in zip(found, maps, strict=True)]
+                ),
+            ),
+        )
+
+
+def _columns(statistics: Statistics, tally: LayerTally, order: int | None, how: dict[str, Any]) -> Tensor:
+    """int64 (H,): where in the tally each head's order lies."""
+    if statistics.orders is not None:
+        return torch.zeros(tally.mass.shape[1], dtype=torch.int64)
+    if order is not None:
+        return torch.full((tally.mass.shape[1],), _column(statistics.shape, order))
+    return costs(statistics, tally, **how).argmin(-1)
+
+
+def check_budget(budget: str) -> None:
+    """Raise ``UsageError`` for an unknown budget."""
+    if budget not in BUDGETS:
+        raise UsageError(f"budget {budget!r} is unknown; choose one of {', '.join(BUDGETS)}")
 
 
 def check_metric(metric: str, alpha: float, *, detail: bool) -> None:
@@ -193,57 +228,6 @@ def peakedness(statistics: Statistics, tally: LayerTally) -> Tensor:
     mean = tally.mass / statistics.entries.clamp_min(1).to(tally.mass.device)
     ratio = (tally.peak / mean).masked_fill(mean == 0, 1)
     return _over_bins(_free(statistics, ratio).double().mean(-1), tally)
-
-
-def threshold(mass: Tensor, shape: OrderedBlocks, density: float) -> Tensor:
-    """bool (H, nb, nb): the blocks that calibration keeps at ``density``, for block masses (H, nb, nb) of one bin.
-
-    Every head keeps its smallest set of blocks with a share tau of its mass, tau solved for the mean density over
-    heads. Kept in any case, and part of the density: rows and columns with tokens outside the video, the last ones
-    where they are not full, and a row's diagonal block where the row has no other. Where those alone exceed
-    ``density`` they are what is kept.
-    """
-    heads, nb = mass.shape[:2]
-    forced = forced_blocks(shape).expand(heads, nb, nb)
-    free = mass.double().masked_fill(forced, 0).flatten(1)
-    ranked, rank = free.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    before = before / ranked.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-
-    def kept(tau: float) -> Tensor:
-        chosen = torch.zeros_like(free, dtype=torch.bool).scatter_(1, rank, (before < tau) & (ranked > 0))
-        chosen = chosen.view(heads, nb, nb) | forced
-        empty = ~chosen.any(-1)
-        return chosen | (empty[..., None] & torch.eye(nb, dtype=torch.bool, device=mass.device))
-
-    low, high = 0.0, 1.0 + 1e-9
-    if block_density(kept(high), shape) <= density:
-        return kept(high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        if block_density(kept(middle), shape) <= density:
-            low = middle
-        else:
-            high = middle
-    return kept(low)
-
-
-def forced_blocks(shape: OrderedBlocks) -> Tensor:
-    """bool (nb, nb): blocks that every map keeps."""
-    keep = ~shape.free
-    if int(shape.blocks.sizes[-1]) < shape.block_size:
-        keep[-1] = keep[:, -1] = True
-    return keep
-
-
-def block_density(kept: Tensor, shape: OrderedBlocks) -> float:
-    """Share of all token pairs in the kept blocks (H, nb, nb), the mean over heads."""
-    sizes = shape.blocks.sizes.double().to(kept.device)
-    return float((kept.double() @ sizes @ sizes).mean() / sizes.sum() ** 2)
-
-
-def _recall(mass: Tensor, kept: Tensor) -> Tensor:
-    return (mass * kept).sum((1, 2)) / mass.sum((1, 2))
 
 
 def _seen(tally: LayerTally, where: int) -> int:

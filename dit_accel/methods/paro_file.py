@@ -50,6 +50,7 @@ class Header:
     recall: float
     metric: str
     alpha: float
+    budget: str
     library: str
     weights: str = ""
     scheduler: str = ""

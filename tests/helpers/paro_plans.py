@@ -27,14 +27,14 @@ def header(layout, *, bins=2, block=8, density=0.5, model="Tiny", config=None, s
     return Header(
         model=model, config=config or {"num_layers": 2}, segments=describe_layout(layout), steps=steps, bins=bins,
         block_size=block, layers=(), heads=0, density=density, reached=0.0, recall=0.0, metric="mass", alpha=1.0,
-        library=__version__,
+        budget="layer", library=__version__,
     )  # fmt: skip
 
 
 def plan_file(path, layout, *, density=0.5, orders=None, bins=2, block=8, model="Tiny", config=None, **settings):
     """Write a plan to ``path`` and return (path, {layer: LayerPlan})."""
     statistics = observed(layout, bins=bins, block=block, **settings)
-    plans = dict(calibrate(statistics, density=density))
+    plans = dict(calibrate(statistics, density=density, budget="layer"))
     for layer, ids in (orders or {}).items():
         plans[layer].orders[:] = torch.tensor(ids, dtype=torch.int8)
     head = header(layout, bins=bins, block=block, density=density, model=model, config=config)

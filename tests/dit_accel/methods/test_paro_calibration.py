@@ -9,13 +9,10 @@ from dit_accel.methods import Call
 from dit_accel.methods.paro_calibration import (
     OrderVotes,
     block_count,
-    block_density,
     calibrate,
     costs,
-    forced_blocks,
     peakedness,
     sparse_share,
-    threshold,
 )
 from dit_accel.methods.paro_statistics import BlockSums, LayerTally, OrderedBlocks, Statistics
 from dit_accel.step import Step
@@ -102,51 +99,6 @@ def observed(layout, *, bins=2, block=8, heads=3, detail=False, seed=0, steps=4)
     return statistics
 
 
-@pytest.mark.parametrize("layout", [Layout((3, 4, 5)), Layout((4, 6, 8), text=5), Layout((1, 9, 16))], ids=str)
-@pytest.mark.parametrize("density", [0.6, 0.8])
-def test_density_is_met_from_below_to_within_a_block_of_each_head(layout, density):
-    plan = planned(observed(layout), density=density)[0]
-    step = 3 * 8 * 8 / (3 * layout.tokens**2)
-    for reached in plan.density:
-        assert density - step - 1e-9 <= reached <= density + 1e-9
-
-
-def test_forced_blocks_and_no_empty_row():
-    layout = Layout((3, 4, 5), text=6)  # text in blocks 7 and 8, 66 tokens: the last block is ragged
-    statistics = observed(layout)
-    forced = forced_blocks(statistics.shape)
-    assert forced[7:].all()
-    assert forced[:, 7:].all()
-    assert not forced[:7, :7].any()
-    maps = planned(statistics, density=0.01)[0].maps
-    assert maps[..., forced].all()
-    assert maps.any(-1).all()
-    ragged = OrderedBlocks.of(Layout((3, 4, 5)), 8)
-    assert int(forced_blocks(ragged).sum()) == 2 * 8 - 1
-    whole = OrderedBlocks.of(Layout((2, 4, 5)), 8)
-    assert not forced_blocks(whole).any()
-    lonely = threshold(torch.ones((1, 5, 5)), whole, 0.001)
-    assert torch.equal(lonely[0], torch.eye(5, dtype=torch.bool))
-
-
-def test_one_threshold_serves_the_heads_of_a_layer():
-    """Each head keeps its smallest set with the common share of the mass: none could drop a block, none lags."""
-    statistics = observed(Layout((4, 6, 8)), bins=1)
-    plan = planned(statistics, density=0.4, order=0)[0]
-    mass = statistics.layers[0].mass[0, :, 0].double()
-    kept = plan.maps[0]
-    for head in range(3):
-        assert mass[head][kept[head]].min() >= mass[head][~kept[head]].max()
-    without_last = [(mass[h][kept[h]].sum() - mass[h][kept[h]].min()) / mass[h].sum() for h in range(3)]
-    assert max(without_last) <= min(plan.recall[0]) + 1e-6
-
-
-def test_density_one_keeps_everything_that_has_mass():
-    plan = planned(observed(Layout((3, 4, 5))), density=1.0)[0]
-    assert plan.maps.all()
-    assert plan.density == (1.0, 1.0)
-
-
 def test_reordering_is_not_worse_than_order_zero_on_its_own_criterion():
     statistics = observed(Layout((4, 6, 8)), seed=3)
     count = block_count(statistics, statistics.layers[0])
@@ -157,28 +109,6 @@ def test_bins_that_saw_no_step_take_the_nearest_map():
     plan = planned(observed(Layout((3, 4, 5)), bins=4, steps=2), density=0.6)[0]
     assert torch.equal(plan.maps[1], plan.maps[0])
     assert torch.equal(plan.maps[3], plan.maps[2])
-
-
-def test_block_density_counts_tokens_not_blocks():
-    shape = OrderedBlocks.of(Layout((1, 1, 10)), 8)
-    kept = torch.tensor([[[True, False], [False, False]]])
-    assert block_density(kept, shape) == pytest.approx(0.64)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"metric": "best"}, "choose one of mass, paper"),
-        ({"alpha": 1.5}, r"lies in \[0, 1\]"),
-        ({"alpha": 0.5}, r"Statistics\(detail=True\)"),
-        ({"metric": "paper"}, r"Statistics\(detail=True\)"),
-        ({"density": 0}, "kept fraction"),
-        ({"order": 7}, "not a candidate"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, match):
-    with pytest.raises(UsageError, match=match):
-        planned(observed(Layout((3, 4, 5)), steps=1), **{"density": 0.5, **settings})
 
 
 def replay(listener, layout, calls=4, heads=3, total=4):
