@@ -24,6 +24,7 @@ _NAMES = {
     "Schedule": "schedule",
     "Guard": "guard",
     "Plan": "plans",
+    "recall": "drift",
     "Method": "methods",
     "Radial": "methods",
     "GNA": "methods",
@@ -64,6 +65,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .diffusers import describe, reset_attn_processor, set_attn_processor
+    from .drift import recall
     from .errors import DitAccelError, UnsupportedError, UsageError
     from .functional import attend, plan
     from .guard import Guard

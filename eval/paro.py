@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     calibration, test = _prompts(args.file, args.calibration, args.prompts)
     settings = Study(calibration, test, tuple(args.densities), **{name: getattr(args, name) for name in same})
+    _calm_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,6 +276,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _calm_libraries() -> None:
+    """Loading bars would bury the lines of the study."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def _prompts(file: str | None, calibration: int, test: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
