@@ -423,13 +423,3 @@ def test_other_refusals():
         GNA(3).with_density(0, Layout((1, 8, 8)))
     with pytest.raises(UnsupportedError, match="queries' layout"):
         make(None, None, None, GNA(3), layout=Layout((1, 8, 8)), kv_layout=Layout((1, 9, 9)))
-
-
-@pytest.mark.parametrize("dim", [16, 40])
-def test_inward_scale_follows_the_head_size(dim):
-    layout = Layout((2, 6, 8))
-    q, k, v = (torch.randn(1, 2, layout.tokens, dim, dtype=torch.float64) for _ in range(3))
-    method = GNA.inward((64, 64))
-    mask = plan(method, layout).token_mask()
-    expected = scaled_dot_product_attention(q, k, v, mask, scale=math.sqrt(1.0942744 / dim))
-    torch.testing.assert_close(attend(q, k, v, method, layout=layout, backend="gather"), expected, atol=1e-6, rtol=0)

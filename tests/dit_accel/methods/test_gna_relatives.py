@@ -118,15 +118,16 @@ def test_the_inward_window_at_published_sizes():
     assert [(first[y][0], first[y][-1]) for y in range(7)] == [(0, 4)] * 3 + [(1, 5)] + [(2, 6)] * 3
 
 
-def test_the_inward_scale():
-    assert GNA.inward((480, 832), head_dim=1).scale ** 2 == pytest.approx(1.0942744, abs=1e-6)
-    assert GNA.inward((480, 832)).scale == pytest.approx(0.09246, abs=1e-5)
+@pytest.mark.parametrize("dim", [16, 32])
+def test_the_inward_scale_follows_the_head_size(dim):
+    assert GNA.inward((480, 832)).scale_factor ** 2 == pytest.approx(1.0942744, abs=1e-6)
+    assert GNA.inward((480, 832)).scale_factor * 128**-0.5 == pytest.approx(0.09246, abs=1e-5)
     layout = Layout((2, 9, 8))
-    q, k, v = qkv(layout, dim=32)
-    method = GNA.inward((64, 96), head_dim=32)
+    q, k, v = qkv(layout, dim=dim)
+    method = GNA.inward((64, 96))
     out = attend(q, k, v, method, layout=layout, backend="gather")
     mask = plan(method, layout).token_mask()
-    expected = scaled_dot_product_attention(q, k, v, mask, scale=math.sqrt(math.log(3120, 1560) / 32))
+    expected = scaled_dot_product_attention(q, k, v, mask, scale=math.sqrt(math.log(3120, 1560) / dim))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
