@@ -62,11 +62,12 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def _adam(p: torch.Tensor, state: dict, group: dict) -> None:
         if not state:
-            state["count"] = torch.zeros((), dtype=torch.float32)
+            # Torch leaves an entry of this name on the CPU when a state is loaded, so reading it never waits for a GPU.
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["first"], state["second"] = torch.zeros_like(p), torch.zeros_like(p)
         one, two = group["betas"]
-        state["count"] += 1
-        count = state["count"].item()
+        state["step"] += 1
+        count = state["step"].item()
         state["first"].lerp_(p.grad, 1 - one)
         state["second"].lerp_(p.grad.square(), 1 - two)
         scale = (state["second"] / (1 - two**count)).sqrt_().add_(1e-8)
