@@ -29,8 +29,9 @@ _CALIBRATE = "calibrate with `dit-accel calibrate paro --model ... -o plan.safet
 class Paro(Method):
     """PAROAttention under a calibrated plan.
 
-    ``plan_file``: path of the file that ``dit-accel calibrate paro`` wrote. ``digest``: of that file; filled in when
-    empty, and otherwise required to match, so that a saved configuration never runs another plan.
+    ``plan_file``: path of the file that ``dit-accel calibrate paro`` wrote. ``digest``: of that file, its first 16
+    digits; filled in when empty, and otherwise required to match, so that a saved configuration never runs another
+    plan.
 
     Raises ``UsageError`` where the file is missing, damaged, of another version or has another digest;
     ``UnsupportedError`` for a model, layout, layer or head count that the plan was not made for.
@@ -46,7 +47,7 @@ class Paro(Method):
         if not self.plan_file:
             raise UsageError(f"Paro needs the plan of a calibration: Paro('plan.safetensors'); {_CALIBRATE}")
         object.__setattr__(self, "plan_file", str(self.plan_file))
-        object.__setattr__(self, "digest", self._open().digest)
+        object.__setattr__(self, "digest", self._open().digest[:16])
 
     def check_model(self, model: ModelFacts) -> None:
         header = self._open().header
@@ -86,10 +87,10 @@ class Paro(Method):
 
     def _open(self) -> PlanFile:
         file = PlanFile.open(self.plan_file)
-        if self.digest and file.digest != self.digest:
+        if not file.digest.startswith(self.digest):
             raise UsageError(
-                f"{self.plan_file} is not the plan this configuration names: its digest is {file.digest[:16]}..., "
-                f"expected {self.digest[:16]}...; give the original file, or leave digest out to accept this one"
+                f"{self.plan_file} is not the plan this configuration names: its digest is {file.digest[:16]}, "
+                f"expected {self.digest[:16]}; give the original file, or leave digest out to accept this one"
             )
         return file
 
