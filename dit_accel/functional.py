@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
+from .kernels.tileplan import TilePlan
 from .layout import Layout
 from .methods.base import Call, Method
 from .plans import Plan, lower
@@ -41,7 +42,7 @@ def attend(
     unless ``kv_layout`` is given). ``method=None`` without a ``plan`` is dense. ``kv_valid``: int32 (B,), keys
     from that index on are dead. ``scale=None`` takes the method's own, else D**-0.5. ``state`` lets a method
     keep what it found between calls and caches static plans; without it a stateful method searches afresh.
-    ``backend``: ``"reference"``, ``"gather"``, ``"flex"``, ``"triton"`` or ``"auto"``.
+    ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
     Raises ``UsageError`` for tensors that do not fit the layout, ``UnsupportedError`` for what is not served.
@@ -54,7 +55,7 @@ def attend(
     if plan is None:
         call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
         plan = make_plan(q, k, v, method, call)
-    tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
+    tiles = tiled(plan, q, backend=backend, return_lse=return_lse, masked=kv_valid is not None)
     if scale is None:
         scale = plan.scale if plan.scale is not None else plan.scale_factor * q.shape[-1] ** -0.5
     try:
@@ -107,11 +108,13 @@ def _static(method: Method, call: Call) -> Plan:
     return method.plan(None, None, None, call).to(call.device)
 
 
-def tiled(plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False):
+def tiled(
+    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, masked: bool = False
+) -> TilePlan:
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
     own = lower(plan, (plan.q_blocks.size or 64, plan.k_blocks.size or 64))
     try:
-        tier, _ = choose(q, own, backend=backend, return_lse=return_lse)
+        tier, _ = choose(q, own, backend=backend, return_lse=return_lse, masked=masked)
     except (NotImplementedError, ValueError) as error:
         kind = UnsupportedError if isinstance(error, NotImplementedError) else UsageError
         raise kind(str(error)) from error

@@ -91,6 +91,7 @@ def tiers() -> dict[str, dict[str, Any]]:
     """For each execution tier whether it works here, and why not."""
     return {
         "triton": _verdict(_triton()),
+        "flash": _verdict(None),
         "flex": _verdict(_flex()),
         "gather": _verdict(None),
         "reference": _verdict(None),

@@ -237,7 +237,8 @@ class Engine:
         backend = self.processor.backend
         if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
             backend = "gather"  # the one fast tier with a backward
-        tier, why = choose(q, tiled(plan, q, backend=backend), backend=backend)
+        masked = valid is not None
+        tier, why = choose(q, tiled(plan, q, backend=backend, masked=masked), backend=backend, masked=masked)
         out = attend(q, k, v, plan=plan, layout=forward.layout, kv_valid=valid, scale=call.scale, backend=tier)
         if self.processor.guard.active and not self._passes(layer, out, (q, k, v)):
             return self._dense(layer, call, "guard")

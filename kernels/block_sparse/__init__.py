@@ -1,4 +1,4 @@
-"""Block-sparse attention: one TilePlan, four tiers (reference, gather, flex, triton)."""
+"""Block-sparse attention: one TilePlan, five tiers (reference, gather, flash, flex, triton)."""
 
 from .api import BACKENDS, block_sparse_attention, choose
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..tileplan import TilePlan
-from . import flex, gather, reference
+from . import flash, flex, gather, reference
 
-BACKENDS = ("auto", "reference", "gather", "flex", "triton")
+BACKENDS = ("auto", "reference", "gather", "flex", "triton", "flash")
 
 
 def block_sparse_attention(
@@ -25,12 +25,12 @@ def block_sparse_attention(
     """Attention restricted to the plan's pairs.
 
     q: (B, H, Nq, D); k: (B, Hk, Nk, D); v: (B, Hk, Nk, Dv) with H a multiple of Hk, float16, bfloat16, float32
-    or (reference, gather) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead.
+    or (reference, gather, flash) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead.
     ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
     Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for.
     """
     check(q, k, v, plan, kv_valid)
-    tier, _ = choose(q, plan, backend=backend, return_lse=return_lse)
+    tier, _ = choose(q, plan, backend=backend, return_lse=return_lse, masked=kv_valid is not None)
     if tier == "triton":
         from . import triton as tier_triton
 
@@ -41,7 +41,7 @@ def block_sparse_attention(
     if plan.kv_order is not None:
         k, v = (_per_head(x, plan.kv_order, q.shape[1]) for x in (k, v))
         k, v = take(k, plan.kv_order), take(v, plan.kv_order)
-    run = {"reference": reference, "gather": gather, "flex": flex}[tier].attention
+    run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
     out, lse = run(q, k, v, plan, scale=scale, alive=alive)
     if plan.order is not None:
         out = put(out, plan.order)
@@ -49,16 +49,26 @@ def block_sparse_attention(
     return out, lse if return_lse else None
 
 
-def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False) -> tuple[str, str]:
-    """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``."""
+def choose(
+    q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False, masked: bool = False
+) -> tuple[str, str]:
+    """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``.
+
+    ``masked``: some keys are dead (``kv_valid``).
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     reasons = []
-    for tier, refusal in (("triton", _refuses_triton), ("flex", _refuses_flex)):
+    refusals = {
+        "triton": lambda: _refuses_triton(q, plan),
+        "flash": lambda: flash.refuses(q, plan, masked=masked),
+        "flex": lambda: flex.refuses(q, return_lse=return_lse),
+    }
+    for tier, refusal in refusals.items():
         if backend in (tier, "auto"):
             # Emulation is for tests: asked for by name only.
             emulated = tier == "triton" and backend == "auto" and q.device.type != "cuda"
-            why = f"q is on {q.device}" if emulated else refusal(q, plan, return_lse)
+            why = f"q is on {q.device}" if emulated else refusal()
             if why is None:
                 return tier, "; ".join(reasons) or "first choice on this device"
             reasons.append(f"{tier}: {why}")
@@ -67,16 +77,12 @@ def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool
     return (backend if backend != "auto" else "gather"), "; ".join(reasons) or "asked for"
 
 
-def _refuses_triton(q: Tensor, plan: TilePlan, return_lse: bool) -> str | None:
+def _refuses_triton(q: Tensor, plan: TilePlan) -> str | None:
     try:
         from . import triton as tier_triton
     except ImportError as error:
         return f"not importable ({error}); pip install triton"
     return tier_triton.refuses(q, plan)
-
-
-def _refuses_flex(q: Tensor, plan: TilePlan, return_lse: bool) -> str | None:
-    return flex.refuses(q, return_lse=return_lse)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | None = None) -> None:

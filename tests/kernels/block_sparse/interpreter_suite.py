@@ -197,7 +197,9 @@ def test_the_tier_is_named_and_never_automatic(make_case, monkeypatch):
     case = make_case()
     assert tier.interpreted()
     assert choose(case.q, case.plan, backend="triton")[0] == "triton"
-    assert choose(case.q, case.plan) == ("gather", "triton: q is on cpu; flex: switched off for this test")
+    chosen, why = choose(case.q, case.plan)
+    assert chosen in ("gather", "flash")
+    assert why.startswith("triton: q is on cpu")
     out, _ = block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale, backend="triton")
     case.check(out)
 

@@ -188,8 +188,9 @@ def test_without_a_compiler_auto_takes_the_gather_tier_and_says_why(make_case, m
     monkeypatch.setattr(gather, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
     case = make_case(predicate="box1")
     assert choose(case.q, case.plan) == (
-        "gather", "triton: q is on cpu; flex: no C++ compiler; install g++ or set CXX"
-    )  # fmt: skip
+        "gather",
+        "triton: q is on cpu; flash: the plan has partial tiles; flex: no C++ compiler; install g++ or set CXX",
+    )
     case.check(run(case, "auto")[0])
     assert calls == [1]
     with pytest.raises(NotImplementedError, match=r"'flex' cannot serve.*install g\+\+"):
@@ -208,6 +209,6 @@ def test_a_missing_compiler_is_found_out(monkeypatch):
 
 
 def test_flex_leaves_an_lse_and_float64_to_the_gather_tier(make_case):
-    case = make_case()
+    case = make_case(predicate="box1")
     assert choose(case.q, case.plan, return_lse=True)[0] == "gather"
     assert choose(case.q.double(), case.plan)[0] == "gather"

@@ -1,0 +1,101 @@
+"""The flash tier against a masked softmax in float64, and proof that the dense kernel saw visible pairs only."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_accel.kernels import BlockList, Box, Predicate, TilePlan
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash
+
+
+def tensors(n_q, n_k, heads=4, kv_heads=4, dim=24, dtype=torch.float64, batch=2):
+    generator = torch.Generator().manual_seed(n_q * 31 + n_k)
+    shapes = ((n_q, heads), (n_k, kv_heads), (n_k, kv_heads))
+    # Tokens before heads in memory, as diffusers makes them.
+    return [torch.randn(batch, n, h, dim, generator=generator, dtype=dtype).transpose(1, 2) for n, h in shapes]
+
+
+def brute(q, k, v, seen, scale):
+    q, k, v = (x.double() for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(groups, 1).mT * scale).masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0)
+    return weights @ v.repeat_interleave(groups, 1), scores.logsumexp(-1)
+
+
+def token_mask(blocks, tile_q, tile_k, n_q, n_k):
+    rows, columns = torch.arange(n_q) // tile_q, torch.arange(n_k) // tile_k
+    return blocks[rows][:, columns]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 150), st.integers(1, 150), st.sampled_from([(8, 8), (16, 32), (64, 16)]),
+    st.sampled_from([1, 2, 4]), st.floats(0, 1), st.integers(0, 99),
+)  # fmt: skip
+def test_equals_the_masked_softmax(n_q, n_k, tile, kv_heads, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = (-(-n_q // tile[0]), -(-n_k // tile[1]))
+    blocks = torch.rand(size, generator=generator) < density
+    blocks[0] = False  # a query tile that sees nothing
+    plan = TilePlan(*tile, n_q, n_k, BlockList.from_mask(blocks[None, None]))
+    q, k, v = tensors(n_q, n_k, kv_heads=kv_heads)
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.3, backend="flash", return_lse=True)
+    expected, expected_lse = brute(q, k, v, token_mask(blocks, *tile, n_q, n_k), 0.3)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_plain_torch(dtype):
+    blocks = torch.rand((5, 5), generator=torch.Generator().manual_seed(3)) < 0.5
+    blocks |= torch.eye(5, dtype=torch.bool)
+    plan = TilePlan(32, 32, 150, 150, BlockList.from_mask(blocks[None, None]))
+    q, k, v = tensors(150, 150, dim=64, dtype=dtype)
+    seen = token_mask(blocks, 32, 32, 150, 150)
+    expected, _ = brute(q, k, v, seen, 0.125)
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.125, backend="flash")
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.125)
+    error, allowed = ((x.double() - expected).norm() / expected.norm() for x in (out, plain))
+    assert out.dtype == dtype
+    assert error <= 2 * allowed + 1e-7
+
+
+def test_the_dense_kernel_runs_once_per_run_on_visible_pairs_only(monkeypatch):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    plan = TilePlan(16, 16, 60, 60, BlockList.from_mask(mask[None, None]))
+    calls, kernel = [], flash._flash
+    monkeypatch.setattr(
+        flash, "_flash", lambda q, seen, *rest: calls.append((q.shape[2], seen.shape[2])) or kernel(q, seen, *rest)
+    )
+    q, k, v = tensors(60, 60)
+    block_sparse_attention(q, k, v, plan, scale=0.2, backend="auto")
+    assert calls == [(32, 32), (16, 32), (12, 12)]
+
+
+def test_an_order_is_taken_and_put_back():
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    mask = torch.eye(4, dtype=torch.bool)
+    plan = TilePlan(16, 16, 60, 60, BlockList.from_mask(mask[None, None]), order=order, kv_order=order)
+    q, k, v = tensors(60, 60)
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.2, backend="flash")
+    block = torch.empty(60, dtype=torch.long)
+    block[order] = torch.arange(60) // 16
+    torch.testing.assert_close(out, brute(q, k, v, block[:, None] == block[None, :], 0.2)[0])
+
+
+def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
+    q, k, v = tensors(32, 32)
+    full = BlockList.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    axis = torch.arange(32, dtype=torch.int32)
+    partial = TilePlan(16, 16, 32, 32, full, full, Predicate(box=Box((axis,), (axis + 1,), (axis,))))
+    per_head = TilePlan(16, 16, 32, 32, BlockList.from_mask(torch.ones(1, 4, 2, 2, dtype=torch.bool)))
+    assert "partial tiles" in choose(q, partial)[1]
+    assert "differs by sample or head" in choose(q, per_head)[1]
+    shared = TilePlan(16, 16, 32, 32, full)
+    assert choose(q, shared)[0] == "flash"
+    assert "dead" in choose(q, shared, masked=True)[1]
+    valid = torch.tensor([30, 32], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"'flash' cannot serve.*dead"):
+        block_sparse_attention(q, k, v, shared, scale=1.0, kv_valid=valid, backend="flash")
