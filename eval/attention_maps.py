@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..diffusers import reset_attn_processor, set_attn_processor
 from ..layout import Grid
 from ..methods import Call
 from ..methods.observe import Observe
@@ -84,11 +85,11 @@ def collect(prompts: list[str], *, steps: int, rows: int, seed: int) -> dict:
     sides = (settings[name] // pipe.vae_scale_factor_spatial for name in ("height", "width"))
     grid = tuple(size // step for size, step in zip((frames, *sides), patch, strict=True))
     found = Distances(pipe.transformer.config.num_layers, grid, rows, seed)
-    pipe.set_attn_processor(Processor(Observe(found.listen), schedule=Schedule.none()))
+    set_attn_processor(pipe, Processor(Observe(found.listen), schedule=Schedule.none()))
     for number, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed + number)
         pipe(prompt, generator=generator, output_type="latent", **settings)
-    pipe.reset_attn_processor()
+    reset_attn_processor(pipe)
     return {"grid": list(grid), "prompts": prompts, "steps": steps, "seed": seed, **found.to_dict()}
 
 
