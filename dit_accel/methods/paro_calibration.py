@@ -225,7 +225,8 @@ def sparse_share(statistics: Statistics, tally: LayerTally) -> Tensor:
 
 def peakedness(statistics: Statistics, tally: LayerTally) -> Tensor:
     """M_quant: float64 (H, O), mean over blocks of maximum / mean; 1 for a block of zeros."""
-    mean = tally.mass / statistics.entries.clamp_min(1).to(tally.mass.device)
+    sizes = statistics.shape.blocks.sizes.to(tally.mass.device)
+    mean = tally.mass / (sizes[:, None] * sizes)
     ratio = (tally.peak / mean).masked_fill(mean == 0, 1)
     return _over_bins(_free(statistics, ratio).double().mean(-1), tally)
 

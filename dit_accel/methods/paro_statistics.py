@@ -144,7 +144,7 @@ class Statistics:
 
     ``bins``: timestep bins. ``detail``: also keep what the quantisation cost and the printed metric need, at about
     three times the work. ``epsilon``: below it a weight counts as small (the paper's example, 1e-3). ``rows``:
-    fraction of query rows looked at, evenly spread. ``orders``: int8 (H,) per layer where the axis orders are chosen
+    fraction of query rows looked at, drawn once. ``orders``: int8 (H,) per layer where the axis orders are chosen
     already (:class:`~.paro_calibration.OrderVotes`); then only these are kept, a sixth of the memory. Guidance
     branches and samples of a batch count alike.
     """
@@ -197,14 +197,26 @@ class Statistics:
 
     @cached_property
     def _rows(self) -> Tensor:
-        n = self.shape.layout.tokens
-        return torch.linspace(0, n - 1, max(round(self.rows * n), 1), dtype=torch.float64).round().long()
+        """int64 (R,): the query rows looked at, ``rows`` of all, more where a block of some order would have none.
+
+        At random: evenly spaced rows would miss whole columns of a grid whose width shares a factor with the spacing.
+        """
+        n, owner = self.shape.layout.tokens, self.shape.owner
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        turn = torch.empty(n, dtype=torch.int64).scatter_(0, drawn, torch.arange(n))
+        first = torch.full((len(owner), self.shape.blocks.count), n)
+        first.scatter_reduce_(1, owner, turn.expand_as(owner), "amin")
+        return drawn[: max(round(self.rows * n), int(first.max()) + 1)].sort().values
+
+    @cached_property
+    def sampled(self) -> Tensor:
+        """float32 (O, nb): how many of the rows looked at lie in each block."""
+        return one_hot(self.shape.owner[:, self._rows], self.shape.blocks.count).sum(1).float()
 
     @cached_property
     def entries(self) -> Tensor:
-        """float32 (O, nb, nb): weights of one call that fall into each block."""
-        rows = one_hot(self.shape.owner[:, self._rows], self.shape.blocks.count).sum(1)
-        return (rows[:, :, None] * self.shape.blocks.sizes).float()
+        """float32 (O, nb, nb): weights of one call that were looked at in each block."""
+        return self.sampled[:, :, None] * self.shape.blocks.sizes
 
     def _chosen(self, layer: int) -> list[int] | None:
         return None if self.orders is None else [self.shape.ids.index(i) for i in self.orders[layer].tolist()]
@@ -226,6 +238,9 @@ class Statistics:
                 if valid is not None:
                     scores[:, valid:] = -torch.inf
                 total.add(scores.softmax(1), index, some)
+        # As if every row had been looked at: blocks that happen to hold fewer of them would weigh too little.
+        whole = (self.shape.blocks.sizes / self.sampled)[:, :, None].to(total.mass.device)
+        total.mass *= whole if chosen is None else whole[chosen][:, None]
         return total
 
     def _shape(self, call: Call) -> OrderedBlocks:

@@ -90,12 +90,30 @@ def test_calls_fall_into_bins_and_layers():
 
 
 def test_sampled_rows_are_counted_as_such():
-    layout = LAYOUTS[0]
+    """Every block of every order weighs what its rows weigh together, whichever of them were looked at."""
+    layout = Layout((3, 8, 10))
     q, k = tensors(layout, batch=1)
     statistics = Statistics(bins=1, block_size=16, detail=True, rows=0.25)
     statistics.observe(q, k, None, Call(layout))
-    torch.testing.assert_close(statistics.layers[0].mass.sum((-2, -1)), torch.full((1, 3, 6), 15.0))
-    assert torch.equal(statistics.entries.sum((-2, -1)), torch.full((6,), 15.0 * 60))
+    torch.testing.assert_close(statistics.layers[0].mass.sum(-1), torch.full((1, 3, 6, 15), 16.0))
+    assert torch.equal(statistics.entries.sum((-2, -1)), torch.full((6,), 240.0 * len(statistics._rows)))
+    chosen = Statistics(bins=1, block_size=16, rows=0.25, orders={0: torch.tensor([4, 0, 4])})
+    chosen.observe(q, k, None, Call(layout))
+    for head, order in enumerate((4, 0, 4)):
+        torch.testing.assert_close(chosen.layers[0].mass[0, head, 0], statistics.layers[0].mass[0, head, order])
+
+
+@pytest.mark.parametrize("rows", [0.5, 0.2, 0.001])
+def test_sampled_rows_leave_no_block_out_and_estimate_the_whole(rows):
+    layout = Layout((4, 8, 10))
+    q, k = tensors(layout, batch=1)
+    some, whole = (Statistics(bins=1, block_size=16, rows=r) for r in (rows, 1.0))
+    for statistics in (some, whole):
+        statistics.observe(q, k, None, Call(layout))
+    assert some.sampled.min() >= 1
+    assert len(some._rows) >= rows * 320
+    ratio = some.layers[0].mass / whole.layers[0].mass
+    assert abs(float(ratio.mean()) - 1) < 0.15
 
 
 @pytest.mark.parametrize(
