@@ -58,7 +58,7 @@ class Study:
     model: str | None = None
     bins: int = 4
     metric: str = "mass"
-    budget: str = "model"
+    budget: str = "layer"
     block_size: int = 64
     steps: int | None = None
     size: tuple[int, int] | None = None
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--file", help="prompt file (default: the bundled shape suite)")
     add("--bins", type=int, default=4)
     add("--metric", default="mass")
-    add("--budget", default="model")
+    add("--budget", default="layer")
     add("--block-size", type=int, default=64)
     add("--steps", type=int)
     add("--error-steps", type=int, default=8)

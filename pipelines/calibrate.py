@@ -53,7 +53,7 @@ class CalibrationJob:
     ``out``: the plan file. ``prompts``: one or two do; without any, two built-in ones. ``density``: kept fraction.
     ``bins``: timestep bins with a map each (released: 10 for CogVideoX, 4 for Wan). ``metric``, ``alpha``,
     ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``budget``: what
-    meets the density, the ``"model"`` or every ``"layer"``. ``rows``: fraction of query rows looked at.
+    meets the density, every ``"layer"`` or the ``"model"`` in the mean. ``rows``: fraction of query rows looked at.
     ``orders_first``: choose the orders in runs of their own, a sixth of the memory and twice the time; None does so
     where memory is short. ``size``: (width, height) in pixels, as the plan will be used with.
     """
@@ -66,7 +66,7 @@ class CalibrationJob:
     metric: str = "mass"
     alpha: float = 1.0
     maximize_sparse: bool = False
-    budget: str = "model"
+    budget: str = "layer"
     block_size: int = 64
     rows: float = 1.0
     orders_first: bool | None = None

@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="mass", help="how orders are chosen: mass, or paper, the printed formula (default: mass)")
     add("--alpha", type=float, default=1.0, metavar="A", help="weight of sparsity against peakedness (default: 1)")
     add("--maximize-sparse", action="store_true", help="turn the sign of the printed formula's sparsity term")
-    add("--budget", default="model", help="what meets the density: model, the mean of all layers, or layer, each one")
+    add(
+        "--budget",
+        default="layer",
+        help="what meets the density: every layer, or the model in the mean (default: layer)",
+    )
     add("--block-size", type=int, default=64, metavar="N", help="tokens per block (default: 64)")
     add(
         "--orders-first",

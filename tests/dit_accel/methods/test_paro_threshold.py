@@ -74,7 +74,7 @@ def test_blocks_kept_in_any_case():
 def test_a_density_below_what_is_always_kept_gives_just_that():
     statistics = observed(Layout((3, 4, 5), text=6))
     forced = forced_blocks(statistics.shape)
-    for _, plan in calibrate(statistics, density=0.01):
+    for _, plan in calibrate(statistics, density=0.01, budget="model"):
         assert torch.equal(plan.maps, forced.expand_as(plan.maps))
 
 
