@@ -51,10 +51,9 @@ def calibrate(
     """Choose orders and maps: (layer, plan) for every layer seen, one at a time, since maps of many layers are large.
 
     ``density``: kept fraction. ``budget``: ``"layer"`` meets it in every layer and bin, in the mean over heads;
-    ``"model"`` in the mean over all of them, so that every layer loses the same share of its mass.
-    ``metric``, ``alpha``,
-    ``maximize_sparse``: as for :func:`costs`, without effect where the statistics were taken for chosen orders.
-    ``order``: use this axis order for all heads instead of choosing, 0 for PARO without reordering. Raises
+    ``"model"`` in the mean over all of them, so that every layer loses the same share of its mass. ``metric``,
+    ``alpha``, ``maximize_sparse``: as for :func:`costs`, without effect where the statistics were taken for chosen
+    orders. ``order``: use this axis order for all heads instead of choosing, 0 for PARO without reordering. Raises
     ``UsageError`` for values out of range.
     """
     check_density(density)
