@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .errors import UsageError
 from .layout import Grid
+from .lowering import lower
 from .methods.gna import GNA
 from .methods.windows import Window
-from .plans import Plan, lower
+from .plans import Plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .plans import Plan, lower
+from .lowering import lower
+from .plans import Plan
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
 from .kernels.tileplan import TilePlan
 from .layout import Layout
+from .lowering import lower
 from .methods.base import Call, Method
-from .plans import Plan, lower
+from .plans import Plan
 from .state import State
 from .step import Step
 

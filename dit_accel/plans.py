@@ -1,4 +1,4 @@
-"""Plan: which keys each query sees, in the method's own blocks. Lowers to the TilePlan that kernels take."""
+"""Plan: which keys each query sees, in the method's own blocks."""
 
 from __future__ import annotations
 
@@ -7,46 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .errors import UsageError
-from .kernels import BlockList, Gate, Predicate, TilePlan
+from .kernels import BlockList, Predicate
 from .layout import Layout
+from .lowering import lower
+from .pairs import count_pairs
+
+__all__ = ["Blocks", "Plan"]
 
 MASK_LIMIT = 2 * 1024**3  # bytes; token_mask refuses beyond
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """A partition of n slots into consecutive blocks. ``bounds``: int64 (blocks + 1,) on the CPU."""
-
-    bounds: Tensor
-
-    @classmethod
-    def uniform(cls, n: int, size: int) -> Blocks:
-        """Blocks of ``size``; the last one may be shorter."""
-        return cls(torch.cat([torch.arange(0, n, size), torch.tensor([n])]))
-
-    @property
-    def n(self) -> int:
-        return int(self.bounds[-1])
-
-    @property
-    def count(self) -> int:
-        return len(self.bounds) - 1
-
-    @property
-    def sizes(self) -> Tensor:
-        return self.bounds.diff()
-
-    @property
-    def size(self) -> int | None:
-        """The common size of all blocks but a shorter last one, or None."""
-        sizes = self.sizes
-        first = int(sizes[0])
-        return first if bool((sizes[:-1] == first).all()) and int(sizes[-1]) <= first else None
-
-    def owner(self) -> Tensor:
-        """int64 (n,): the block of each slot."""
-        return torch.repeat_interleave(torch.arange(self.count), self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,57 +140,8 @@ class Plan:
 
     def _densities(self) -> tuple[float, float]:
         if "densities" not in self._memo:
-            self._memo["densities"] = _count_pairs(self)
+            self._memo["densities"] = count_pairs(self)
         return self._memo["densities"]
-
-
-def lower(plan: Plan, tile: tuple[int, int] | None = None) -> TilePlan:
-    """Cut a plan into kernel tiles of ``(tile_q, tile_k)`` slots; None keeps the plan's own block size.
-
-    Blocks that are whole multiples of a tile are split and keep their class. Any other combination lists the
-    union of what a tile overlaps and settles visibility with a gate: exact, but a tile is then partial unless
-    all it overlaps is full. Cached per plan and tile.
-    """
-    tile = tile or (plan.q_blocks.size or 64, plan.k_blocks.size or 64)
-    if tile not in plan._memo:
-        plan._memo[tile] = _lower(plan, *tile)
-    return plan._memo[tile]
-
-
-def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
-    bq, bk = plan.q_blocks.size, plan.k_blocks.size
-    order, kv_order = plan._orders()
-    common = {"n_q": plan.q_blocks.n, "n_k": plan.k_blocks.n, "order": order, "kv_order": kv_order}
-    if (bq, bk) == (tile_q, tile_k):
-        return TilePlan(tile_q, tile_k, full=plan.full, partial=plan.partial, predicate=plan.predicate, **common)
-    nk = plan.k_blocks.count
-    full = plan.full.mask(nk)
-    part = plan.partial.mask(nk) if plan.partial is not None else torch.zeros_like(full)
-    if bq is not None and bk is not None and bq % tile_q == 0 and bk % tile_k == 0:
-        full, part = (_split(m, bq // tile_q, bk // tile_k, common, tile_q, tile_k) for m in (full, part))
-        lists = BlockList.from_mask(full), BlockList.from_mask(part) if plan.partial is not None else None
-        return TilePlan(tile_q, tile_k, full=lists[0], partial=lists[1], predicate=plan.predicate, **common)
-    full, part = torch.broadcast_tensors(full, part)
-    q_row, k_col = (blocks.owner().int().to(plan.device) for blocks in (plan.q_blocks, plan.k_blocks))
-    gate = Gate((full * 2 + part).to(torch.uint8), q_row, k_col)
-    rows, cols = (_overlap(b, t).to(plan.device) for b, t in ((plan.q_blocks, tile_q), (plan.k_blocks, tile_k)))
-    seen = rows @ (full | part).float() @ cols.T
-    whole = (rows @ full.float() @ cols.T) == rows.sum(-1)[:, None] * cols.sum(-1)
-    return TilePlan(
-        tile_q, tile_k, full=BlockList.from_mask(whole), partial=BlockList.from_mask((seen > 0) & ~whole),
-        predicate=plan.predicate, gate=gate, **common,
-    )  # fmt: skip
-
-
-def _split(mask: Tensor, by_q: int, by_k: int, common: dict, tile_q: int, tile_k: int) -> Tensor:
-    mask = mask.repeat_interleave(by_q, -2).repeat_interleave(by_k, -1)
-    return mask[..., : -(-common["n_q"] // tile_q), : -(-common["n_k"] // tile_k)]
-
-
-def _overlap(blocks: Blocks, tile: int) -> Tensor:
-    """float32 (tiles, blocks): 1 where a tile and a block share a slot."""
-    start = torch.arange(0, blocks.n, tile)[:, None]
-    return ((start < blocks.bounds[1:]) & (start + tile > blocks.bounds[:-1])).float()
 
 
 def _unorder(mask: Tensor, order: Tensor, axis: int) -> Tensor:
@@ -232,66 +153,3 @@ def _unorder(mask: Tensor, order: Tensor, axis: int) -> Tensor:
     mask = mask.expand(mask.shape[0], heads, *mask.shape[2:])
     index = inverse[None, :, :, None] if axis == -2 else inverse[None, :, None, :]
     return mask.gather(axis, index.expand(mask.shape))
-
-
-def _count_pairs(plan: Plan) -> tuple[float, float]:
-    """Visible pairs over all pairs, and over main x main pairs."""
-    total = plan.q_blocks.n * plan.k_blocks.n
-    q_main, k_main = (_main_weight(plan, layout) for layout in (plan.layout, plan.keys))
-    entries = [entry for entry in (plan.full, plan.partial) if entry is not None]
-    tables = max(entry.count.shape[0] * entry.count.shape[1] for entry in entries)
-    seen = video = 0.0
-    for entry in entries:
-        repeat = tables // (entry.count.shape[0] * entry.count.shape[1])
-        pairs = _partial_pairs(plan) if entry is plan.partial else _full_pairs(plan, entry, q_main, k_main)
-        seen, video = seen + repeat * pairs[0], video + repeat * pairs[1]
-    mains = float(plan.layout.main.stop - plan.layout.main.start) * (plan.keys.main.stop - plan.keys.main.start)
-    return seen / (tables * total), video / (tables * mains)
-
-
-def _main_weight(plan: Plan, layout: Layout) -> Tensor:
-    return torch.zeros(layout.tokens).index_fill_(0, torch.arange(layout.main.start, layout.main.stop), 1)
-
-
-def _full_pairs(plan: Plan, entry: BlockList, q_main: Tensor, k_main: Tensor) -> tuple[float, float]:
-    order, kv_order = plan._orders()
-    mask = entry.mask(plan.k_blocks.count).cpu().double()
-    seen = (plan.q_blocks.sizes.double() @ mask @ plan.k_blocks.sizes.double()).sum()
-    q_video, k_video = (
-        _per_block(weight if o is None else weight[o.cpu()], blocks)
-        for weight, o, blocks in ((q_main, order, plan.q_blocks), (k_main, kv_order, plan.k_blocks))
-    )
-    video = (q_video[..., None] * mask * k_video[..., None, :]).sum((-2, -1))
-    return float(seen), float(video.sum())
-
-
-def _per_block(weight: Tensor, blocks: Blocks) -> Tensor:
-    """Sums of ``weight`` (n,) or (H, n) over blocks: (blocks,) or (H, blocks)."""
-    total = torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))
-    return total[..., blocks.bounds].diff(dim=-1)
-
-
-def _partial_pairs(plan: Plan) -> tuple[float, float]:
-    """Pairs of the partial blocks that pass the predicate, counted one query block at a time."""
-    tiles = plan.to(torch.device("cpu"))
-    order, kv_order = tiles._orders()
-    q_token = torch.arange(plan.q_blocks.n) if order is None else order
-    k_token = torch.arange(plan.k_blocks.n) if kv_order is None else kv_order
-    mask = tiles.partial.mask(plan.k_blocks.count)
-    seen = video = 0.0
-    bounds, kb = plan.q_blocks.bounds.tolist(), plan.k_blocks.owner()
-    for block in range(plan.q_blocks.count):
-        q = torch.arange(bounds[block], bounds[block + 1])
-        columns = mask[:, :, block].any(0).any(0)
-        k = torch.nonzero(columns[kb]).flatten()
-        visible = tiles.predicate.visible(q[:, None], k[None, :])
-        listed = mask[:, :, block][:, :, kb[k]]
-        seen += float((listed.sum((0, 1)) * visible.sum(0)).sum())
-        rows, columns = _in_main(q_token[..., q], plan.layout), _in_main(k_token[..., k], plan.keys)
-        inside = rows[..., :, None] & columns[..., None, :]
-        video += float((visible & inside & listed[..., None, :]).sum())
-    return seen, video
-
-
-def _in_main(tokens: Tensor, layout: Layout) -> Tensor:
-    return (tokens >= layout.main.start) & (tokens < layout.main.stop)

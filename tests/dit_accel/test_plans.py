@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from dit_accel.errors import UsageError
 from dit_accel.kernels import Band, BlockList, Box, Disc, Predicate
 from dit_accel.layout import Layout
-from dit_accel.plans import Blocks, Plan, lower
+from dit_accel.lowering import lower
+from dit_accel.plans import Blocks, Plan
 
 
 def random_blocks(draw, n):

@@ -13,11 +13,11 @@ from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.functional import attend
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout, Segment
+from dit_accel.lowering import lower
 from dit_accel.methods import GNA, Method, find
 from dit_accel.methods.gna_presets import PRESETS
 from dit_accel.methods.tile_shapes import choose, counter
 from dit_accel.methods.tiles import box_plan
-from dit_accel.plans import lower
 
 HUNYUAN = (30, 48, 80)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
+from dit_accel.lowering import lower
 from dit_accel.methods import Radial, RandomBlocks
 from dit_accel.methods.radial import half_width, kept, nominal_width, paper_reach
-from dit_accel.plans import lower
 
 
 def plan(method, layout):

@@ -1,0 +1,43 @@
+"""Blocks: a partition of the tokens, in plan order, into consecutive runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A partition of n slots into consecutive blocks. ``bounds``: int64 (blocks + 1,) on the CPU."""
+
+    bounds: Tensor
+
+    @classmethod
+    def uniform(cls, n: int, size: int) -> Blocks:
+        """Blocks of ``size``; the last one may be shorter."""
+        return cls(torch.cat([torch.arange(0, n, size), torch.tensor([n])]))
+
+    @property
+    def n(self) -> int:
+        return int(self.bounds[-1])
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        return self.bounds.diff()
+
+    @property
+    def size(self) -> int | None:
+        """The common size of all blocks but a shorter last one, or None."""
+        sizes = self.sizes
+        first = int(sizes[0])
+        return first if bool((sizes[:-1] == first).all()) and int(sizes[-1]) <= first else None
+
+    def owner(self) -> Tensor:
+        """int64 (n,): the block of each slot."""
+        return torch.repeat_interleave(torch.arange(self.count), self.sizes)
