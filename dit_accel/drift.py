@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .lowering import lower
 from .plans import Plan
 
 
@@ -69,17 +68,14 @@ def row_recall(
 
 def _visible(plan: Plan, slots: Tensor) -> Tensor:
     """bool (B1, H1, rows, Nk): pairs of some query slots that the plan keeps, keys in plan order."""
-    tiles = lower(plan)
-    block, keys = slots // tiles.tile_q, torch.arange(tiles.n_k, device=slots.device)
+    block = torch.searchsorted(plan.q_blocks.bounds.to(slots.device), slots, right=True) - 1
+    owner = plan.k_blocks.owner().to(slots.device)
 
-    def expanded(entry) -> Tensor:
-        mask = entry.mask(tiles.tiles_k)[:, :, block]
-        return mask.repeat_interleave(tiles.tile_k, -1)[..., : tiles.n_k]
+    def listed(entry) -> Tensor:
+        return entry.mask(plan.k_blocks.count)[:, :, block][..., owner]
 
-    seen = expanded(tiles.full)
-    if tiles.partial is None:
+    seen = listed(plan.full)
+    if plan.partial is None:
         return seen
-    part = expanded(tiles.partial)
-    b1, h1 = torch.broadcast_shapes(part.shape[:2], tiles.gate.table.shape[:2] if tiles.gate is not None else (1, 1))
-    tested = [[tiles.pair_visible(b, h, slots[:, None], keys[None]) for h in range(h1)] for b in range(b1)]
-    return seen | (part & torch.stack([torch.stack(row) for row in tested]))
+    keys = torch.arange(plan.k_blocks.n, device=slots.device)
+    return seen | (listed(plan.partial) & plan.predicate.visible(slots[:, None], keys[None]))

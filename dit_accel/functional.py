@@ -65,6 +65,8 @@ def attend(
         )
     except NotImplementedError as error:
         raise UnsupportedError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return (out, lse) if return_lse else out
 
 
@@ -113,7 +115,7 @@ def tiled(
     plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, masked: bool = False
 ) -> TilePlan:
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
-    own = lower(plan, (plan.q_blocks.size or 64, plan.k_blocks.size or 64))
+    own = lower(plan)
     try:
         tier, _ = choose(q, own, backend=backend, return_lse=return_lse, masked=masked)
     except (NotImplementedError, ValueError) as error:

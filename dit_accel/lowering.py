@@ -2,62 +2,161 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .blocks import Blocks
-from .kernels import BlockList, Gate, TilePlan
+from .errors import UnsupportedError
+from .kernels import BlockList, Gate, Predicate, TilePlan
 
 if TYPE_CHECKING:
     from .plans import Plan
 
+# The largest ragged block that is one tile, and the tile of larger ones and of single tokens.
+LARGEST, USUAL = 128, 64
+
 
 def lower(plan: Plan, tile: tuple[int, int] | None = None) -> TilePlan:
-    """Cut a plan into kernel tiles of ``(tile_q, tile_k)`` slots; None keeps the plan's own block size.
+    """Cut a plan into kernel tiles of ``(tile_q, tile_k)`` slots; None takes :func:`tile_of` the plan's own blocks.
 
-    Blocks that are whole multiples of a tile are split and keep their class. Any other combination lists the
-    union of what a tile overlaps and settles visibility with a gate: exact, but a tile is then partial unless
-    all it overlaps is full. Cached per plan and tile.
+    Blocks of whole tiles are split and keep their class. Ragged blocks are padded with holes to whole tiles where that
+    is cheap. Any other combination lists the union of what a tile overlaps and settles visibility with a gate: exact,
+    but a tile is then partial unless all it overlaps is full. Cached per plan and tile. Raises ``UnsupportedError``
+    where representatives or row factors differ within a query tile.
     """
-    tile = tile or (plan.q_blocks.size or 64, plan.k_blocks.size or 64)
+    tile = tile or (tile_of(plan.q_blocks), tile_of(plan.k_blocks))
     if tile not in plan._memo:
         plan._memo[tile] = _lower(plan, *tile)
     return plan._memo[tile]
 
 
+def tile_of(blocks: Blocks) -> int:
+    """The tile size that suits a partition: its own block size, unless that is one token or large and uneven."""
+    size = blocks.size
+    if size is None:
+        largest = int(blocks.sizes.max())
+        return largest if largest <= LARGEST else USUAL
+    return size if size > 1 else USUAL
+
+
 def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
-    bq, bk = plan.q_blocks.size, plan.k_blocks.size
+    holes = plan.predicate is None  # whose tables are indexed by slots
+    q_axis, k_axis = (_Axis.of(b, t, holes) for b, t in ((plan.q_blocks, tile_q), (plan.k_blocks, tile_k)))
+    q_axis, k_axis = q_axis.to(plan.device), k_axis.to(plan.device)
     order, kv_order = plan._orders()
-    common = {"n_q": plan.q_blocks.n, "n_k": plan.k_blocks.n, "order": order, "kv_order": kv_order}
-    if (bq, bk) == (tile_q, tile_k):
-        return TilePlan(tile_q, tile_k, full=plan.full, partial=plan.partial, predicate=plan.predicate, **common)
+    common = {
+        "tile_q": tile_q, "tile_k": tile_k, "n_q": q_axis.slots, "n_k": k_axis.slots,
+        "order": q_axis.place(order), "kv_order": k_axis.place(kv_order),
+        "tokens_q": None if q_axis.slot is None else plan.q_blocks.n,
+        "tokens_k": None if k_axis.slot is None else plan.k_blocks.n,
+        **_beside(plan, q_axis),
+    }  # fmt: skip
+    if q_axis.trivial and k_axis.trivial:
+        return TilePlan(full=plan.full, partial=plan.partial, predicate=plan.predicate, **common)
     nk = plan.k_blocks.count
     full = plan.full.mask(nk)
-    part = plan.partial.mask(nk) if plan.partial is not None else torch.zeros_like(full)
-    if bq is not None and bk is not None and bq % tile_q == 0 and bk % tile_k == 0:
-        full, part = (_split(m, bq // tile_q, bk // tile_k, common, tile_q, tile_k) for m in (full, part))
-        lists = BlockList.from_mask(full), BlockList.from_mask(part) if plan.partial is not None else None
-        return TilePlan(tile_q, tile_k, full=lists[0], partial=lists[1], predicate=plan.predicate, **common)
-    full, part = torch.broadcast_tensors(full, part)
-    q_row, k_col = (blocks.owner().int().to(plan.device) for blocks in (plan.q_blocks, plan.k_blocks))
-    gate = Gate((full * 2 + part).to(torch.uint8), q_row, k_col)
-    rows, cols = (_overlap(b, t).to(plan.device) for b, t in ((plan.q_blocks, tile_q), (plan.k_blocks, tile_k)))
-    seen = rows @ (full | part).float() @ cols.T
-    whole = (rows @ full.float() @ cols.T) == rows.sum(-1)[:, None] * cols.sum(-1)
-    return TilePlan(
-        tile_q, tile_k, full=BlockList.from_mask(whole), partial=BlockList.from_mask((seen > 0) & ~whole),
-        predicate=plan.predicate, gate=gate, **common,
-    )  # fmt: skip
+    part = plan.partial.mask(nk) if plan.partial is not None else None
+    if q_axis.aligned and k_axis.aligned:
+        full, part = (None if m is None else m[:, :, q_axis.first][..., k_axis.first] for m in (full, part))
+        gate = None
+    else:
+        full, part = torch.broadcast_tensors(full, torch.zeros_like(full) if part is None else part)
+        gate = Gate((full * 2 + part).to(torch.uint8), q_axis.block, k_axis.block)
+        seen = k_axis.count(q_axis.count(full | part, -2) > 0, -1) > 0
+        full = k_axis.whole(q_axis.whole(full, -2), -1)
+        part = seen & ~full
+    dead, predicate = k_axis.dead, plan.predicate
+    if dead is not None:
+        ragged = pad(dead, (0, -k_axis.slots % tile_k)).view(-1, tile_k).any(-1)
+        part = full & ragged if part is None else part | (full & ragged)
+        full = full & ~ragged
+        predicate = Predicate(dead=dead)
+    partial = None if part is None else BlockList.from_mask(part)
+    return TilePlan(full=BlockList.from_mask(full), partial=partial, predicate=predicate, gate=gate, **common)
 
 
-def _split(mask: Tensor, by_q: int, by_k: int, common: dict, tile_q: int, tile_k: int) -> Tensor:
-    mask = mask.repeat_interleave(by_q, -2).repeat_interleave(by_k, -1)
-    return mask[..., : -(-common["n_q"] // tile_q), : -(-common["n_k"] // tile_k)]
+def _beside(plan: Plan, axis: _Axis) -> dict:
+    """What a plan holds per query block besides its lists, per query tile."""
+    plain = not plan.reps and plan.first_order is None and plan.row_scale is None
+    if not plain and not axis.aligned:
+        raise UnsupportedError(
+            f"a query tile would straddle blocks that see different representatives; choose a tile that divides the "
+            f"plan's query blocks ({plan.q_blocks.size or 'ragged'})"
+        )
+    if plain or axis.trivial:
+        picked = {"reps": plan.reps, "row_scale": plan.row_scale, "row_add": plan.row_add}
+    else:
+        rows = [None if x is None else x.index_select(2, axis.first) for x in (plan.row_scale, plan.row_add)]
+        reps = tuple(group.of_tiles(axis.first) for group in plan.reps)
+        picked = {"reps": reps, "row_scale": rows[0], "row_add": rows[1]}
+    return {**picked, "first_order": plan.first_order}
 
 
-def _overlap(blocks: Blocks, tile: int) -> Tensor:
-    """float32 (tiles, blocks): 1 where a tile and a block share a slot."""
-    start = torch.arange(0, blocks.n, tile)[:, None]
-    return ((start < blocks.bounds[1:]) & (start + tile > blocks.bounds[:-1])).float()
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """One axis of a plan in tiles: tile i overlaps blocks ``first[i] .. last[i]``; ``block`` is that of each slot.
+
+    ``aligned``: no tile overlaps two blocks. ``slot``: the plan's slot of each padded slot, -1 for holes, or None where
+    nothing is padded.
+    """
+
+    slots: int
+    first: Tensor
+    last: Tensor
+    block: Tensor
+    slot: Tensor | None
+    trivial: bool
+
+    @classmethod
+    def of(cls, blocks: Blocks, tile: int, holes: bool) -> _Axis:
+        sizes, size = blocks.sizes, blocks.size
+        if holes and size is None and int((-(-sizes // tile) * tile).sum()) <= 2 * blocks.n:
+            tiles = -(-sizes // tile)
+            owner = torch.repeat_interleave(torch.arange(blocks.count), tiles)
+            place = torch.arange(len(owner) * tile)
+            start = pad((tiles * tile).cumsum(0), (1, 0))[:-1]
+            block = owner.repeat_interleave(tile)
+            within = place - start[block]
+            slot = torch.where(within < sizes[block], blocks.bounds[block] + within, -1)
+            return cls(len(place), owner, owner, block.int(), slot, False)
+        owner = blocks.owner()
+        starts = torch.arange(0, blocks.n, tile)
+        first, last = owner[starts], owner[(starts + tile - 1).clamp_max(blocks.n - 1)]
+        return cls(blocks.n, first, last, owner.int(), None, size == tile)
+
+    @property
+    def aligned(self) -> bool:
+        return torch.equal(self.first, self.last)
+
+    @property
+    def dead(self) -> Tensor | None:
+        """bool (slots,): the holes, or None without any."""
+        return None if self.slot is None or not bool((self.slot < 0).any()) else self.slot < 0
+
+    def place(self, order: Tensor | None) -> Tensor | None:
+        """``order`` with holes."""
+        if self.slot is None:
+            return order
+        if order is None:
+            return self.slot
+        return order[..., self.slot.clamp_min(0)].masked_fill(self.slot < 0, -1)
+
+    def count(self, mask: Tensor, dim: int) -> Tensor:
+        """int32: over the blocks that each tile overlaps, how many are set along ``dim``."""
+        total = mask.cumsum(dim, dtype=torch.int32).movedim(dim, 0)
+        before = torch.cat([torch.zeros_like(total[:1]), total])
+        return (before[self.last + 1] - before[self.first]).movedim(0, dim)
+
+    def whole(self, mask: Tensor, dim: int) -> Tensor:
+        """bool: whether all blocks that a tile overlaps are set along ``dim``."""
+        overlapped = (self.last - self.first + 1).view(-1, *(1,) * (-dim - 1))
+        return self.count(mask, dim) == overlapped
+
+    def to(self, device: torch.device) -> _Axis:
+        slot = None if self.slot is None else self.slot.to(device)
+        first, last, block = (x.to(device) for x in (self.first, self.last, self.block))
+        return _Axis(self.slots, first, last, block, slot, self.trivial)

@@ -16,34 +16,46 @@ if TYPE_CHECKING:
 
 
 def count_pairs(plan: Plan) -> tuple[float, float]:
-    """Visible pairs over all pairs, and over main x main pairs."""
-    total = plan.q_blocks.n * plan.k_blocks.n
+    """Visible pairs over all pairs, and over main x main pairs, means over batch and heads.
+
+    A representative counts as one key of each query that sees it, and as a main one where its first token is.
+    """
+    order, kv_order = plan._orders()
     q_main, k_main = (_main_weight(plan, layout) for layout in (plan.layout, plan.keys))
-    entries = [entry for entry in (plan.full, plan.partial) if entry is not None]
-    tables = max(entry.count.shape[0] * entry.count.shape[1] for entry in entries)
-    seen = video = 0.0
-    for entry in entries:
-        repeat = tables // (entry.count.shape[0] * entry.count.shape[1])
-        pairs = _partial_pairs(plan) if entry is plan.partial else _full_pairs(plan, entry, q_main, k_main)
-        seen, video = seen + repeat * pairs[0], video + repeat * pairs[1]
+    q_main, k_main = (w if o is None else w[o.cpu()] for w, o in ((q_main, order), (k_main, kv_order)))
+    rows = torch.ones(plan.q_blocks.n), q_main
+    keys = torch.ones(plan.k_blocks.n), k_main
+    terms = [_listed_pairs(plan, plan.full, [_per_block(w, plan.k_blocks) for w in keys], rows)]
+    for group in plan.reps:
+        live = (group.count > 0).double()
+        main = live * k_main[..., group.bounds[:-1]]
+        weights = [w.unflatten(-1, (-1, group.width)).sum(-1) for w in (live, main)]
+        terms.append(_listed_pairs(plan, group.seen, weights, rows))
+    if plan.partial is not None:
+        terms.append(_partial_pairs(plan))
+    total = plan.q_blocks.n * plan.k_blocks.n
     mains = float(plan.layout.main.stop - plan.layout.main.start) * (plan.keys.main.stop - plan.keys.main.start)
-    return seen / (tables * total), video / (tables * mains)
+    return sum(term[0] for term in terms) / total, sum(term[1] for term in terms) / mains
 
 
 def _main_weight(plan: Plan, layout: Layout) -> Tensor:
     return torch.zeros(layout.tokens).index_fill_(0, torch.arange(layout.main.start, layout.main.stop), 1)
 
 
-def _full_pairs(plan: Plan, entry: BlockList, q_main: Tensor, k_main: Tensor) -> tuple[float, float]:
-    order, kv_order = plan._orders()
-    mask = entry.mask(plan.k_blocks.count).cpu().double()
-    seen = (plan.q_blocks.sizes.double() @ mask @ plan.k_blocks.sizes.double()).sum()
-    q_video, k_video = (
-        _per_block(weight if o is None else weight[o.cpu()], blocks)
-        for weight, o, blocks in ((q_main, order, plan.q_blocks), (k_main, kv_order, plan.k_blocks))
-    )
-    video = (q_video[..., None] * mask * k_video[..., None, :]).sum((-2, -1))
-    return float(seen), float(video.sum())
+def _listed_pairs(
+    plan: Plan, entry: BlockList, weights: list[Tensor], rows: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
+    """Pairs of listed blocks, all and main. ``weights``: of each block's keys, (.., H1, blocks); ``rows``: of queries."""
+    valid, index = entry.valid().cpu(), entry.index.cpu().long()
+    found = []
+    for weight, row in zip(weights, rows, strict=True):
+        weight = weight.cpu().double()[(None,) * (3 - weight.ndim)]
+        b1, h1 = (max(weight.shape[i], index.shape[i]) for i in (0, 1))
+        flat = index.expand(b1, h1, -1, -1).flatten(2)
+        kept = weight.expand(b1, h1, -1).gather(-1, flat).view(b1, h1, *index.shape[2:])
+        kept = (kept * valid).sum(-1)
+        found.append(float((kept * _per_block(row, plan.q_blocks)).sum(-1).mean()))
+    return found[0], found[1]
 
 
 def _per_block(weight: Tensor, blocks: Blocks) -> Tensor:
@@ -53,7 +65,7 @@ def _per_block(weight: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _partial_pairs(plan: Plan) -> tuple[float, float]:
-    """Pairs of the partial blocks that pass the predicate, counted one query block at a time."""
+    """Pairs of the partial blocks that pass the predicate, one query block at a time; means over batch and heads."""
     tiles = plan.to(torch.device("cpu"))
     order, kv_order = tiles._orders()
     q_token = torch.arange(plan.q_blocks.n) if order is None else order
@@ -67,10 +79,10 @@ def _partial_pairs(plan: Plan) -> tuple[float, float]:
         k = torch.nonzero(columns[kb]).flatten()
         visible = tiles.predicate.visible(q[:, None], k[None, :])
         listed = mask[:, :, block][:, :, kb[k]]
-        seen += float((listed.sum((0, 1)) * visible.sum(0)).sum())
+        seen += float((listed.double().mean((0, 1)) * visible.sum(0)).sum())
         rows, columns = _in_main(q_token[..., q], plan.layout), _in_main(k_token[..., k], plan.keys)
         inside = rows[..., :, None] & columns[..., None, :]
-        video += float((visible & inside & listed[..., None, :]).sum())
+        video += float((visible & inside & listed[..., None, :]).double().mean((0, 1)).sum())
     return seen, video
 
 

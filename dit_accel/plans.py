@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .blocks import Blocks
 from .errors import UsageError
-from .kernels import BlockList, Predicate
+from .kernels import BlockList, Group, Predicate
 from .layout import Layout
-from .lowering import lower
 from .pairs import count_pairs
 
 __all__ = ["Blocks", "Plan"]
@@ -27,6 +26,10 @@ class Plan:
     (tables in plan order). ``order``, ``kv_order``: int64 slot -> token, (N,) or (H, N), or None.
     ``scale``: the method's own softmax scale, or None for ``scale_factor`` times D**-0.5. Index tables have batch
     and head sizes 1 where the plan is shared.
+
+    ``reps``: groups of representatives, seen per query block. ``first_order``: float32 (B, Hk or H, D, Dv); adds
+    scale x p x (q @ first_order) with p the mass on representatives (PISA). ``row_scale`` float32 (B, H, nq) and
+    ``row_add`` float32 (B, H, nq, Dv), together or not at all: applied after the softmax (Rectified SpaAttn).
     """
 
     layout: Layout
@@ -40,6 +43,10 @@ class Plan:
     kv_layout: Layout | None = None
     scale: float | None = None
     scale_factor: float = 1.0
+    reps: tuple[Group, ...] = ()
+    first_order: Tensor | None = None
+    row_scale: Tensor | None = None
+    row_add: Tensor | None = None
     _memo: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -76,19 +83,13 @@ class Plan:
 
         Raises ``UsageError`` when the result would exceed 2 GiB.
         """
-        batch, heads = self.block_mask.shape[:2]
-        heads = max(heads, *(o.shape[0] if o is not None and o.ndim == 2 else 1 for o in self._orders()))
-        size = batch * heads * self.q_blocks.n * self.k_blocks.n
-        if size > MASK_LIMIT:
-            raise UsageError(
-                f"token_mask() would take {size / 2**30:.1f} GiB for {self.q_blocks.n} x {self.k_blocks.n} tokens and "
-                f"{heads} head tables; the limit is 2 GiB. Use block_mask, density or a smaller layout."
-            )
-        mask = lower(self).token_mask()
-        for axis, order in zip((-2, -1), self._orders(), strict=True):
-            if order is not None:
-                mask = _unorder(mask, order, axis)
-        return mask
+        mask = self._checked("token_mask", self.full.mask(self.k_blocks.count))
+        mask = self._spread(mask, self.k_blocks.owner())
+        if self.partial is not None:
+            q, k = (torch.arange(blocks.n, device=self.device) for blocks in (self.q_blocks, self.k_blocks))
+            seen = self.predicate.visible(q[:, None], k[None, :])
+            mask = mask | (self._spread(self.partial.mask(self.k_blocks.count), self.k_blocks.owner()) & seen)
+        return self._in_token_order(mask)
 
     def row(self, token: int, head: int = 0, batch: int = 0) -> Tensor:
         """bool (Nk,), token order: the keys that one query attends exactly, ``token_mask()[batch, head, token]``.
@@ -114,29 +115,68 @@ class Plan:
         return seen if kv_order is None else torch.zeros_like(seen).index_put_((kv_order,), seen)
 
     def rep_mask(self) -> Tensor:
-        """bool (1, 1, Nq, Nk): pairs seen through a representative. No method of this version has any."""
-        return torch.zeros((1, 1, self.q_blocks.n, self.k_blocks.n), dtype=torch.bool, device=self.device)
+        """bool (B1, H1, Nq, Nk) in the caller's token order: pairs seen through a representative.
+
+        A dead key counts as seen where its representative stands for live ones too. Raises ``UsageError`` when the
+        result would exceed 2 GiB.
+        """
+        seen = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+        for group in self.reps:
+            mask = self._checked("rep_mask", group.mask())
+            # One column more stands for the slots that no representative stands for.
+            owner = torch.full((self.k_blocks.n,), group.size)
+            start, stop = int(group.bounds[0]), int(group.bounds[-1])
+            owner[start:stop] = torch.repeat_interleave(torch.arange(group.size), group.bounds.diff())
+            seen = seen | self._spread(torch.nn.functional.pad(mask, (0, 1)), owner)
+        if not self.reps:
+            return self._checked("rep_mask", seen).expand(1, 1, self.q_blocks.n, self.k_blocks.n)
+        return self._in_token_order(seen)
 
     def bytes(self) -> int:
-        """Bytes of the index lists."""
-        return self.full.bytes() + (self.partial.bytes() if self.partial is not None else 0)
+        """Bytes of the index lists, of the representatives and of the row factors."""
+        rest = [x.nbytes for x in (self.first_order, self.row_scale, self.row_add) if x is not None]
+        lists = self.full.bytes() + (self.partial.bytes() if self.partial is not None else 0)
+        return lists + sum(group.bytes() for group in self.reps) + sum(rest)
 
     def to(self, device: torch.device) -> Plan:
         """The plan with its tables on ``device``."""
         if device == self.device:
             return self
 
-        def moved(value):
-            return value if value is None else value.to(device)
+        def moved(name: str):
+            value = getattr(self, name)
+            return value.to(device) if hasattr(value, "to") else value
 
-        return Plan(
-            self.layout, self.q_blocks, self.k_blocks, moved(self.full), moved(self.partial), moved(self.predicate),
-            moved(self.order), moved(self.kv_order), self.kv_layout, self.scale, self.scale_factor,
-            {key: value for key, value in self._memo.items() if key == "densities"},
+        tables = ("full", "partial", "predicate", "order", "kv_order", "first_order", "row_scale", "row_add")
+        return replace(
+            self, **{name: moved(name) for name in tables}, reps=tuple(group.to(device) for group in self.reps),
+            _memo={key: value for key, value in self._memo.items() if key == "densities"},
         )  # fmt: skip
 
     def _orders(self) -> tuple[Tensor | None, Tensor | None]:
         return self.order, self.kv_order if self.kv_order is not None else self.order
+
+    def _checked(self, what: str, mask: Tensor) -> Tensor:
+        """``mask`` (B1, H1, ..), unless spreading it over all tokens would take more than the limit."""
+        heads = max(mask.shape[1], *(o.shape[0] if o is not None and o.ndim == 2 else 1 for o in self._orders()))
+        size = mask.shape[0] * heads * self.q_blocks.n * self.k_blocks.n
+        if size > MASK_LIMIT:
+            raise UsageError(
+                f"{what}() would take {size / 2**30:.1f} GiB for {self.q_blocks.n} x {self.k_blocks.n} tokens and "
+                f"{heads} head tables; the limit is 2 GiB. Use block_mask, density or a smaller layout."
+            )
+        return mask
+
+    def _spread(self, mask: Tensor, columns: Tensor) -> Tensor:
+        """mask (B1, H1, nq, cols) over slots: rows by query block, slot j takes column ``columns[j]``."""
+        rows = self.q_blocks.owner().to(self.device)
+        return mask[:, :, rows][..., columns.to(self.device)]
+
+    def _in_token_order(self, mask: Tensor) -> Tensor:
+        for axis, order in zip((-2, -1), self._orders(), strict=True):
+            if order is not None:
+                mask = _unorder(mask, order, axis)
+        return mask
 
     def _densities(self) -> tuple[float, float]:
         if "densities" not in self._memo:

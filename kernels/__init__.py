@@ -2,6 +2,7 @@
 
 from .blocklist import BlockList
 from .predicate import Band, Box, Disc, Gate, Predicate
+from .representatives import Group
 from .tileplan import TilePlan
 
-__all__ = ["Band", "BlockList", "Box", "Disc", "Gate", "Predicate", "TilePlan"]
+__all__ = ["Band", "BlockList", "Box", "Disc", "Gate", "Group", "Predicate", "TilePlan"]

@@ -65,15 +65,22 @@ class Band:
 
 @dataclass(frozen=True, eq=False)
 class Predicate:
-    """``(box and disc and band) or always``, over the tests that are present.
+    """``((box and disc and band) or always) and not dead``, over the tests that are present.
 
-    ``always``: bool (nk,) keys that every query of a partial block sees (text), or None.
+    ``always``: bool (nk,) keys that every query of a partial block sees (text), or None. ``dead``: bool (nk,) slots
+    that hold no key, or None.
     """
 
     box: Box | None = None
     disc: Disc | None = None
     band: Band | None = None
     always: Tensor | None = None
+    dead: Tensor | None = None
+
+    @property
+    def only_dead(self) -> bool:
+        """Whether nothing but holes is tested, which is the same for every query."""
+        return self.box is None and self.disc is None and self.band is None and self.always is None
 
     def visible(self, q: Tensor, k: Tensor) -> Tensor:
         """bool, broadcast over the slot indices ``q`` and ``k``."""
@@ -84,7 +91,8 @@ class Predicate:
                 seen = one if seen is None else seen & one
         if seen is None:
             seen = (q == q) & (k == k)
-        return seen if self.always is None else seen | self.always[k]
+        seen = seen if self.always is None else seen | self.always[k]
+        return seen if self.dead is None else seen & ~self.dead[k]
 
     def to(self, device: torch.device) -> Predicate:
         return move(self, device)

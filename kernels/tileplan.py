@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from .blocklist import BlockList
 from .predicate import Gate, Predicate
+from .representatives import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,15 @@ class TilePlan:
     ``n_q``, ``n_k``: slots (tokens in plan order). ``full``: tiles visited without a test. ``partial``: tiles
     whose pairs pass ``gate`` and ``predicate``; never a tile that is also full. Without a gate every pair of a
     partial tile is tested by the predicate; with one, 0 hides the pair, 1 tests it, 2 shows it.
-    ``order``, ``kv_order``: int64 slot -> token, (n,) or (H, n), or None for the caller's order. ``_memo``: what a tier
-    derived from the tables, kept as long as the plan.
+    ``order``, ``kv_order``: int64 slot -> token, (n,) or (H, n), or None for the caller's order; -1 is a hole, a slot
+    that pads a block to whole tiles, and every key tile that has one is partial. ``tokens_q``, ``tokens_k``: tokens of
+    the caller where holes make them fewer than the slots, else None.
+
+    ``reps``: representatives seen beside the exact keys. ``first_order``: float32 (B, Hk or H, D, Dv); adds scale x p x
+    (q @ first_order), p the share of a query's mass on representatives. ``row_scale``: float32 (B, H, tiles_q), and
+    ``row_add``: float32 (B, H, tiles_q, Dv), applied to the output of each query tile.
+
+    ``_memo``: what a tier derived from the tables, kept as long as the plan.
     """
 
     tile_q: int
@@ -33,6 +41,12 @@ class TilePlan:
     gate: Gate | None = None
     order: Tensor | None = None
     kv_order: Tensor | None = None
+    tokens_q: int | None = None
+    tokens_k: int | None = None
+    reps: tuple[Group, ...] = ()
+    first_order: Tensor | None = None
+    row_scale: Tensor | None = None
+    row_add: Tensor | None = None
     _memo: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -42,6 +56,21 @@ class TilePlan:
     @property
     def tiles_k(self) -> int:
         return -(-self.n_k // self.tile_k)
+
+    @property
+    def queries(self) -> int:
+        """Tokens of the caller's q."""
+        return self.n_q if self.tokens_q is None else self.tokens_q
+
+    @property
+    def keys(self) -> int:
+        """Tokens of the caller's k and v."""
+        return self.n_k if self.tokens_k is None else self.tokens_k
+
+    @property
+    def plain(self) -> bool:
+        """Whether the output is a softmax over the caller's keys and nothing else."""
+        return not self.reps and self.first_order is None and self.row_scale is None and self.row_add is None
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +109,9 @@ class TilePlan:
 
     def to(self, device: torch.device) -> TilePlan:
         def moved(value):
-            return value if value is None else value.to(device)
+            if isinstance(value, tuple):
+                return tuple(one.to(device) for one in value)
+            return value.to(device) if hasattr(value, "to") else value
 
-        return TilePlan(
-            self.tile_q, self.tile_k, self.n_q, self.n_k, moved(self.full), moved(self.partial),
-            moved(self.predicate), moved(self.gate), moved(self.order), moved(self.kv_order),
-        )  # fmt: skip
+        values = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "_memo"}
+        return replace(self, **values, _memo={})

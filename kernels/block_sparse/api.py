@@ -27,9 +27,16 @@ def block_sparse_attention(
     q: (B, H, Nq, D); k: (B, Hk, Nk, D); v: (B, Hk, Nk, Dv) with H a multiple of Hk, float16, bfloat16, float32
     or (reference, gather, flash) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead.
     ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
-    Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for.
+    Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for. Raises
+    ``ValueError`` for tensors and tables that do not fit, ``NotImplementedError`` for an LSE of a plan whose output is
+    no plain softmax.
     """
     check(q, k, v, plan, kv_valid)
+    if return_lse and (plan.first_order is not None or plan.row_scale is not None):
+        raise NotImplementedError(
+            "an LSE was asked of a plan with a first-order term or row factors; its output is no softmax, so parts "
+            "cannot be merged by LSE. Ask for the output alone"
+        )
     tier, _ = choose(q, plan, backend=backend, return_lse=return_lse, masked=kv_valid is not None)
     if tier == "triton":
         from . import triton as tier_triton
@@ -44,8 +51,8 @@ def block_sparse_attention(
     run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
     out, lse = run(q, k, v, plan, scale=scale, alive=alive)
     if plan.order is not None:
-        out = put(out, plan.order)
-        lse = None if lse is None else put(lse[..., None], plan.order)[..., 0]
+        out = put(out, plan.order, plan.queries)
+        lse = None if lse is None else put(lse[..., None], plan.order, plan.queries)[..., 0]
     return out, lse if return_lse else None
 
 
@@ -62,7 +69,7 @@ def choose(
     refusals = {
         "triton": lambda: _refuses_triton(q, plan),
         "flash": lambda: flash.refuses(q, plan, masked=masked),
-        "flex": lambda: flex.refuses(q, return_lse=return_lse),
+        "flex": lambda: flex.refuses(q, plan, return_lse=return_lse),
     }
     for tier, refusal in refusals.items():
         if backend in (tier, "auto"):
@@ -96,9 +103,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | No
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
-    if (q.shape[2], k.shape[2]) != (plan.n_q, plan.n_k):
+    if (q.shape[2], k.shape[2]) != (plan.queries, plan.keys):
         raise ValueError(
-            f"the plan is for {plan.n_q} queries and {plan.n_k} keys; got {q.shape[2]} and {k.shape[2]}"
+            f"the plan is for {plan.queries} queries and {plan.keys} keys; got {q.shape[2]} and {k.shape[2]}"
         )
     if len({q.device, k.device, v.device, plan.device}) > 1:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.device}")
@@ -114,6 +121,9 @@ def check_plan(plan: TilePlan, b: int, h: int) -> None:
         tables.append(("partial", plan.partial.count))
     if plan.gate is not None:
         tables.append(("gate", plan.gate.table))
+    for group in plan.reps:
+        tables += [("representatives' list", group.seen.count), ("representatives' count", group.count)]
+    tables += [(name, getattr(plan, name)) for name in ("row_scale", "row_add") if getattr(plan, name) is not None]
     for name, table in tables:
         if not (table.shape[0] in (1, b) and table.shape[1] in (1, h)):
             raise ValueError(
@@ -128,7 +138,11 @@ def check_plan(plan: TilePlan, b: int, h: int) -> None:
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, H, N, D) with its tokens in plan order. ``order``: int64 (n,) or (H, n). One flat index_select."""
+    """x (B, H, N, D) with its tokens in plan order; holes hold any token. ``order``: int64 (n,) or (H, n).
+
+    One flat index_select.
+    """
+    order = order.clamp_min(0)
     if order.ndim == 1:
         return x.index_select(2, order)
     b, h, n, d = x.shape
@@ -136,13 +150,21 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.reshape(b, h * n, d).index_select(1, flat).reshape(b, h, -1, d)
 
 
-def put(x: Tensor, order: Tensor) -> Tensor:
-    """The inverse of :func:`take`."""
-    if order.ndim == 1:
-        return torch.empty_like(x).index_copy_(2, order, x)
+def put(x: Tensor, order: Tensor, tokens: int | None = None) -> Tensor:
+    """The inverse of :func:`take`: (B, H, tokens, D). None where the order has no holes."""
     b, h, n, d = x.shape
-    flat = (order + torch.arange(h, device=order.device)[:, None] * n).flatten()
-    return x.new_empty((b, h * n, d)).index_copy_(1, flat, x.reshape(b, h * n, d)).reshape(b, h, n, d)
+    tokens = n if tokens is None else tokens
+    if order.ndim == 1:
+        if tokens < n:
+            live = (order >= 0).nonzero().flatten()
+            x, order = x.index_select(2, live), order[live]
+        return x.new_empty((b, h, tokens, d)).index_copy_(2, order, x)
+    flat = (order + torch.arange(h, device=order.device)[:, None] * tokens).flatten()
+    x = x.reshape(b, h * n, d)
+    if tokens < n:
+        live = (order.flatten() >= 0).nonzero().flatten()
+        x, flat = x.index_select(1, live), flat[live]
+    return x.new_empty((b, h * tokens, d)).index_copy_(1, flat, x).reshape(b, h, tokens, d)
 
 
 def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:

@@ -25,6 +25,8 @@ def refuses(q: Tensor, plan: TilePlan, *, masked: bool = False) -> str | None:
         return f"dtype {q.dtype}"
     if plan.partial is not None:
         return "the plan has partial tiles"
+    if not plan.plain:
+        return "the plan has representatives or row factors"
     if plan.full.count.shape[:2] != (1, 1):
         return "the plan differs by sample or head"
     return "some keys are dead" if masked else None

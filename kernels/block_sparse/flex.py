@@ -28,8 +28,10 @@ class FlexUnavailable(RuntimeError):
     """FlexAttention cannot serve here; the message says why."""
 
 
-def refuses(q: Tensor, *, return_lse: bool) -> str | None:
+def refuses(q: Tensor, plan: TilePlan, *, return_lse: bool) -> str | None:
     """Why this tier cannot take the call, or None."""
+    if not plan.plain:
+        return "the plan has representatives or row factors"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}; FlexAttention takes float32, float16 and bfloat16"
     if return_lse and q.device.type == "cpu":

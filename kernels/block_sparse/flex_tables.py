@@ -23,6 +23,7 @@ class MaskKind:
     disc: int
     band: bool
     always: bool
+    dead: bool
     lengths: tuple[int, ...]
 
 
@@ -92,6 +93,7 @@ class Tables:
             disc=len(p.disc.coord) if p.disc else 0,
             band=p.band is not None,
             always=p.always is not None,
+            dead=p.dead is not None,
             lengths=tuple(lengths),
         )
 

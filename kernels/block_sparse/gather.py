@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..representatives import Group
 from ..tileplan import TilePlan
 
 
@@ -32,18 +33,41 @@ def rows(
     inside = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
     slots, live = _visible(plan, tile, inside)
     q = q[:, :, inside].to(dtype)
-    if not slots.shape[-1]:
-        return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -torch.inf)
     if alive is not None:
         live = live & _pick(alive[..., None], slots)[..., 0][:, :, None, :]
     shared = slots.shape[0] == 1 and slots.shape[1] == 1
     keys, values = (_heads(_take(x, slots, shared, groups), heads, groups).to(dtype) for x in (k, v))
-    scores = (q @ keys.mT) * scale
-    scores = scores.masked_fill(~live, -torch.inf)
+    scores = ((q @ keys.mT) * scale).masked_fill(~live, -torch.inf)
+    exact = scores.shape[-1]
+    for group in plan.reps:
+        logits, pooled = _represented(q, group, tile, scale)
+        scores, values = torch.cat([scores, logits], -1), torch.cat([values, pooled], 2)
+    if not scores.shape[-1]:
+        return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
-    return (weights @ values) / total.masked_fill(total == 0, 1), (top + total.log())[..., 0]
+    out = (weights @ values) / total.masked_fill(total == 0, 1)
+    if plan.first_order is not None:
+        mass = weights[..., exact:].sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
+        out = out + scale * mass * (q @ _heads(plan.first_order, heads, groups).to(dtype))
+    if plan.row_scale is not None:
+        out = out * plan.row_scale[:, :, tile, None, None].to(dtype) + plan.row_add[:, :, tile, None].to(dtype)
+    return out, (top + total.log())[..., 0]
+
+
+def _represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits (B, H, R, C) of the representatives that a query tile sees, and their values (B, H, C, Dv)."""
+    count = group.seen.count[:, :, tile]
+    width = int(count.max())
+    index = group.seen.index[:, :, tile, :width].long()
+    slots = (index[..., None] * group.width + torch.arange(group.width, device=index.device)).flatten(-2)
+    listed = (torch.arange(width, device=index.device) < count[..., None]).repeat_interleave(group.width, -1)
+    heads, groups = q.shape[1], q.shape[1] // group.key.shape[1]
+    shared = slots.shape[0] == 1 and slots.shape[1] == 1
+    keys, values = (_heads(_take(x, slots, shared, groups), heads, groups).to(q) for x in (group.key, group.value))
+    bias = _pick(group.bias()[..., None].to(q), slots)[..., 0].masked_fill(~listed, -torch.inf)
+    return (q @ keys.mT) * scale + bias[:, :, None], values
 
 
 def _visible(plan: TilePlan, tile: int, rows: slice) -> tuple[Tensor, Tensor]:

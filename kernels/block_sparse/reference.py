@@ -11,21 +11,40 @@ from ..tileplan import TilePlan
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible keys. q (B, H, Nq, D), k and v (B, Hk, Nk, D) in plan order.
+    """Softmax over the visible keys and representatives. q (B, H, Nq, D), k and v (B, Hk, Nk, D) in plan order.
 
     ``alive``: bool (B, 1 or H, Nk) of live keys in plan order, or None. Returns out (B, H, Nq, Dv) in q's
     dtype and the natural-log LSE (B, H, Nq). 16-bit inputs are computed in float32, float64 in float64. A row
-    without a visible key gives 0 and an LSE of -inf.
+    without a visible key gives 0 and an LSE of -inf. The LSE is that of the softmax, before ``row_scale``.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    keys = k.to(dtype).repeat_interleave(groups, 1)
-    values = v.to(dtype).repeat_interleave(groups, 1)
-    scores = (q.to(dtype) @ keys.mT) * scale
+    heads = q.shape[1]
+    query, keys, values = q.to(dtype), *(_heads(x, heads).to(dtype) for x in (k, v))
     visible = plan.token_mask()
     if alive is not None:
         visible = visible & alive[:, :, None, :]
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = [((query @ keys.mT) * scale).masked_fill(~visible, -torch.inf)]
+    for group in plan.reps:
+        logits = (query @ _heads(group.key, heads).to(dtype).mT) * scale + group.bias().to(dtype)[:, :, None]
+        scores.append(logits.masked_fill(~_by_row(group.mask(), plan), -torch.inf))
+        values = torch.cat([values, _heads(group.value, heads).to(dtype)], 2)
+    scores = torch.cat(scores, -1)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return (weights @ values).to(q.dtype), lse
+    out = weights @ values
+    if plan.first_order is not None:
+        mass = weights[..., plan.n_k :].sum(-1, keepdim=True)
+        out = out + scale * mass * (query @ _heads(plan.first_order, heads).to(dtype))
+    if plan.row_scale is not None:
+        factor, shift = (_by_row(x.to(dtype), plan) for x in (plan.row_scale[..., None], plan.row_add))
+        out = out * factor + shift
+    return out.to(q.dtype), lse
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _by_row(x: Tensor, plan: TilePlan) -> Tensor:
+    """x (B1, H1, tiles_q, ..) for every query: (B1, H1, Nq, ..)."""
+    return x.repeat_interleave(plan.tile_q, 2)[:, :, : plan.n_q]

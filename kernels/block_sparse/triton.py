@@ -35,6 +35,8 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]}; the kernel needs 8.0 or newer"
+    if plan is not None and (not plan.plain or plan.tokens_q is not None or plan.tokens_k is not None):
+        return "the plan has representatives, row factors or holes"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}; the kernel takes float32, float16 and bfloat16"
     if not 1 <= q.shape[-1] <= _MAX_DIM:
