@@ -45,7 +45,7 @@ def _main_weight(plan: Plan, layout: Layout) -> Tensor:
 def _listed_pairs(
     plan: Plan, entry: BlockList, weights: list[Tensor], rows: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Pairs of listed blocks, all and main. ``weights``: of each block's keys, (.., H1, blocks); ``rows``: of queries."""
+    """Pairs of listed blocks, all and main. ``weights``: keys per block (.., blocks); ``rows``: queries per slot."""
     valid, index = entry.valid().cpu(), entry.index.cpu().long()
     found = []
     for weight, row in zip(weights, rows, strict=True):
