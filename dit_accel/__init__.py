@@ -30,6 +30,7 @@ _NAMES = {
     "GNA": "methods",
     "Clear": "methods",
     "Paro": "methods",
+    "AdaSpa": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
@@ -37,6 +38,7 @@ _NAMES = {
     "GNAProcessor": "processors",
     "ClearProcessor": "processors",
     "ParoProcessor": "processors",
+    "AdaSpaProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
     "set_attn_processor": "diffusers",
@@ -70,9 +72,10 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
+    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
     from .plans import Plan
     from .processors import (
+        AdaSpaProcessor,
         AllBlocksProcessor,
         ClearProcessor,
         GNAProcessor,

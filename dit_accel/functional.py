@@ -56,7 +56,9 @@ def attend(
     if plan is None:
         call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
         plan = make_plan(q, k, v, method, call)
-    tiles = tiled(plan, q, backend=backend, return_lse=return_lse, masked=kv_valid is not None)
+        if plan is None:
+            return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+    tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
     if scale is None:
         scale = plan.scale if plan.scale is not None else plan.scale_factor * q.shape[-1] ** -0.5
     try:
@@ -84,8 +86,11 @@ def plan(
     state: State | None = None,
     head_offset: int = 0,
     scale: float | None = None,
-) -> Plan:
-    """The plan that :func:`attend` would execute. Methods whose plan is static take None for q, k and v."""
+) -> Plan | None:
+    """The plan that :func:`attend` would execute, or None where the method runs this step dense.
+
+    Methods whose plan is static take None for q, k and v.
+    """
     if not method.static and (q is None or k is None):
         raise UsageError(f"{type(method).__name__} looks at q and k; pass them")
     call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
@@ -98,8 +103,8 @@ def _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale
     return Call(layout, kv_layout, kv_valid, layer, step or Step(), state, head_offset, scale, device)
 
 
-def make_plan(q: Tensor | None, k: Tensor | None, v: Tensor | None, method: Method, call: Call) -> Plan:
-    """A method's plan on the call's device; a static one comes from the state's cache."""
+def make_plan(q: Tensor | None, k: Tensor | None, v: Tensor | None, method: Method, call: Call) -> Plan | None:
+    """A method's plan on the call's device, or None for a dense call; a static one comes from the state's cache."""
     if not method.static:
         return method.plan(q, k, v, call)
     key = (method, call.layout, call.kv_layout, call.device)
@@ -112,12 +117,12 @@ def _static(method: Method, call: Call) -> Plan:
 
 
 def tiled(
-    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, masked: bool = False
+    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False
 ) -> TilePlan:
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
     own = lower(plan)
     try:
-        tier, _ = choose(q, own, backend=backend, return_lse=return_lse, masked=masked)
+        tier, _ = choose(q, own, backend=backend, return_lse=return_lse)
     except (NotImplementedError, ValueError) as error:
         kind = UnsupportedError if isinstance(error, NotImplementedError) else UsageError
         raise kind(str(error)) from error

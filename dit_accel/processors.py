@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
+from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -17,10 +17,10 @@ ON_UNSUPPORTED = ("dense", "error")
 class Processor:
     """A method, its schedule, guard and backend. Give it to ``set_attn_processor`` of a pipeline or a transformer.
 
-    ``schedule``: which steps and layers stay dense. ``guard``: run-time checks. ``backend``: ``"auto"`` or one
-    tier by name. ``on_unsupported``: what an attention call that the engine does not understand does, ``"dense"``
-    (run stock, counted and warned once) or ``"error"``. A processor holds settings only: it can serve many models,
-    be pickled and be compared.
+    ``schedule``: which steps and layers stay dense, None for the method's own default. ``guard``: run-time checks.
+    ``backend``: ``"auto"`` or one tier by name. ``on_unsupported``: what an attention call that the engine does not
+    understand does, ``"dense"`` (run stock, counted and warned once) or ``"error"``. A processor holds settings only:
+    it can serve many models, be pickled and be compared.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Processor:
             raise UsageError(f"quantised attention is not part of this version; got quant={quant!r}, allowed: None")
         self.method = method
         self.quant = quant
-        self.schedule = schedule if schedule is not None else Schedule()
+        own = Schedule() if method is None else method.default_schedule()
+        self.schedule = schedule if schedule is not None else own
         self.guard = guard if guard is not None else Guard()
         self.backend = backend
         self.on_unsupported = on_unsupported
@@ -52,6 +53,11 @@ class Processor:
             f"{type(attn).__name__}). Use pipe.set_attn_processor(...) or pipe.transformer.set_attn_processor(...) "
             "after `import dit_accel`; both attach it to every self-attention layer."
         )
+
+    def dense_steps(self, total: int) -> list[int]:
+        """Steps of a run of ``total`` on which every layer is dense, by the schedule or by the method."""
+        own = self.method.dense_steps(total) if self.method else range(total)
+        return sorted({*self.schedule.dense_steps(total), *own})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,6 +135,12 @@ class ParoProcessor(_MethodProcessor):
     method_class = Paro
 
 
+class AdaSpaProcessor(_MethodProcessor):
+    """AdaSpa: block masks searched for at few steps. Its first steps are dense by themselves, so no others are."""
+
+    method_class = AdaSpa
+
+
 class AllBlocksProcessor(_MethodProcessor):
     """Everything through the sparse kernel; for tests."""
 
@@ -143,5 +155,13 @@ class RandomBlocksProcessor(_MethodProcessor):
 
 PROCESSORS: dict[str, type[_MethodProcessor]] = {
     cls.method_class.name: cls
-    for cls in (RadialProcessor, GNAProcessor, ClearProcessor, ParoProcessor, AllBlocksProcessor, RandomBlocksProcessor)
+    for cls in (
+        RadialProcessor,
+        GNAProcessor,
+        ClearProcessor,
+        ParoProcessor,
+        AdaSpaProcessor,
+        AllBlocksProcessor,
+        RandomBlocksProcessor,
+    )
 }

@@ -27,7 +27,7 @@ def judge(pair: Pair) -> dict[str, Any]:
     attention = pair.fast[-1].attention
     effective = attention.get("effective_density")
     if effective is None and pair.shot.choice.density is not None:
-        dense_steps = len(pair.shot.choice.processor.schedule.dense_steps(pair.shot.steps))
+        dense_steps = len(pair.shot.choice.processor.dense_steps(pair.shot.steps))
         effective = effective_density(pair.shot.choice.density, dense_steps, pair.shot.steps)
     share = min(dense["attention"] / dense["loop"], 1.0) if dense.get("loop") and dense.get("attention") else None
     refused = _refused(attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
     if accel.density is not None and not 0 < accel.density <= 1:
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
     name, why = (accel.method, None) if accel.method else _default(info, frames)
-    schedule = _schedule(accel, steps)
+    _check_steps(accel, steps)
     if name.lower() == DENSE:
         _refuse_leftovers(accel, why)
         return Choice(None, 1.0, (f"dense attention: {why}",) if why else ())
@@ -79,10 +79,10 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         )
     method, density, miss = _with_density(method, accel.density, layout)
     notes += miss
-    dense = len(schedule.dense_steps(steps))
-    if dense >= steps:
+    processor = Processor(method, schedule=_schedule(accel, method), backend=accel.backend)
+    if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
-    return Choice(Processor(method, schedule=schedule, backend=accel.backend), density, tuple(notes))
+    return Choice(processor, density, tuple(notes))
 
 
 def _default(info: ModelInfo, frames: int) -> tuple[str, str | None]:
@@ -95,12 +95,16 @@ def _default(info: ModelInfo, frames: int) -> tuple[str, str | None]:
     return DENSE, f"{kind} has no default method yet; name one with --method"
 
 
-def _schedule(accel: Acceleration, steps: int) -> Schedule:
+def _check_steps(accel: Acceleration, steps: int) -> None:
     first = accel.dense_steps
     if isinstance(first, int) and first > steps:
         raise UsageError(f"--dense-steps {first} is more than the {steps} steps of the run; give 0 to {steps}")
-    own = {"first": first, "layers": accel.dense_layers}
-    return Schedule(**{key: value for key, value in own.items() if value is not None})
+
+
+def _schedule(accel: Acceleration, method: Method) -> Schedule:
+    given = {"first": accel.dense_steps, "layers": accel.dense_layers}
+    given = {key: value for key, value in given.items() if value is not None}
+    return replace(method.default_schedule(), **given)
 
 
 def _method(name: str, accel: Acceleration, defaults: dict[str, Any]) -> Method:

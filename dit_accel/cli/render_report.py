@@ -47,7 +47,7 @@ def attention_line(shot: Any) -> str:
     if choice.processor is None:
         return "dense"
     own = {k: v for k, v in choice.processor.method.to_dict().items() if k != "method" and v is not None}
-    dense = len(choice.processor.schedule.dense_steps(shot.steps))
+    dense = len(choice.processor.dense_steps(shot.steps))
     density = f", density {choice.density:.3f}" if choice.density is not None else ""
     settings = ", ".join(f"{key} {_short(value)}" for key, value in own.items())
     return f"{choice.name} ({settings}){density}, {dense} of {shot.steps} steps dense"

@@ -234,11 +234,12 @@ class Engine:
         told = Call(forward.layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
         with self.stats.timed("planning", q.device):
             plan = make_plan(q, k, v, method, told)
+        if plan is None:
+            return self._dense(layer, call, "method")
         backend = self.processor.backend
         if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
             backend = "gather"  # the one fast tier with a backward
-        masked = valid is not None
-        tier, why = choose(q, tiled(plan, q, backend=backend, masked=masked), backend=backend, masked=masked)
+        tier, why = choose(q, tiled(plan, q, backend=backend), backend=backend)
         out = attend(q, k, v, plan=plan, layout=forward.layout, kv_valid=valid, scale=call.scale, backend=tier)
         if self.processor.guard.active and not self._passes(layer, out, (q, k, v)):
             return self._dense(layer, call, "guard")
@@ -308,12 +309,14 @@ class Engine:
         return known
 
     def _note_unknown_total(self, step: Step) -> None:
-        schedule = self.processor.schedule
-        needed = (isinstance(schedule.first, float) and schedule.first) or schedule.last
-        if self.processor.method is not None and step.total is None and needed:
+        schedule, method = self.processor.schedule, self.processor.method
+        if method is None or step.total is not None:
+            return
+        if (isinstance(schedule.first, float) and schedule.first) or schedule.last or method.needs_total:
             self.warn(
-                "the number of steps of this run is not known, so the fractions of the schedule count as zero; set the "
-                "processor on the pipeline instead of on its transformer, or give Schedule(first=<number of steps>)"
+                "the number of steps of this run is not known, so the fractions of the schedule and of the method "
+                "count as zero; set the processor on the pipeline instead of on its transformer, or give numbers of "
+                "steps, like Schedule(first=<number of steps>)"
             )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..plans import Plan
 
-# Dense on purpose; every other reason is a fallback. "guide": the full path of FreeSwim.
-INTENDED = frozenset({"schedule", "baseline", "cross", "guide"})
+# Dense on purpose; every other reason is a fallback. "method": its own dense steps; "guide": FreeSwim's full path.
+INTENDED = frozenset({"schedule", "method", "baseline", "cross", "guide"})
 
 
 @dataclass

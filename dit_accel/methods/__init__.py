@@ -1,5 +1,6 @@
 """Sparse attention methods, one file each."""
 
+from .adaspa import AdaSpa
 from .base import REGISTRY, Call, Method, ModelFacts, find
 from .clear import Clear
 from .gna import GNA
@@ -10,6 +11,7 @@ from .testing import AllBlocks, RandomBlocks
 __all__ = [
     "GNA",
     "REGISTRY",
+    "AdaSpa",
     "AllBlocks",
     "Call",
     "Clear",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, UsageError
 from ..layout import Layout
 from ..plans import Plan
+from ..schedule import Schedule
 from ..state import State
 from ..step import Step
 
@@ -79,9 +80,26 @@ class Method:
         if model.image:
             self.check(_LARGE_IMAGE)
 
-    def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan:
-        """The plan of one call. q (B, H, Nq, D), k and v (B, Hk, Nk, D)."""
+    def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan | None:
+        """The plan of one call. q (B, H, Nq, D), k and v (B, Hk, Nk, D). None: this call is dense."""
         raise NotImplementedError
+
+    def default_schedule(self) -> Schedule:
+        """Which steps and layers stay dense where the user names none."""
+        return Schedule()
+
+    def dense_steps(self, total: int) -> list[int]:
+        """Steps of a run of ``total`` on which the method itself is dense (:meth:`plan` gives None)."""
+        return []
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the method must know the number of steps of a run."""
+        return False
+
+    def state_bytes(self, layout: Layout, *, layers: int, heads: int, batch: int = 1) -> int:
+        """Bytes that the method keeps between calls, at most. ``batch``: samples per step, all guidance branches."""
+        return 0
 
     def with_density(self, density: float, layout: Layout) -> tuple[Method, float]:
         """This method with its own knobs solved for ``density`` on ``layout``, and the density reached."""
