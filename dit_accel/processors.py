@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from .errors import UsageError
@@ -94,6 +95,16 @@ class _MethodProcessor(Processor):
                 f"allowed: {', '.join([*allowed, *sorted(_COMMON)])}"
             )
         super().__init__(self.method_class(**parameters), **{name: settings[name] for name in common})
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> _MethodProcessor:
+        """A published configuration of the method by name, with single settings replaced by ``settings``."""
+        make = getattr(cls.method_class, "preset", None)
+        if make is None:
+            raise UsageError(f"{cls.method_class.__name__} has no presets; got {name!r}. Give its parameters instead")
+        common = {key: settings.pop(key) for key in _COMMON & settings.keys()}
+        method = make(name, **settings)
+        return cls(**{f.name: getattr(method, f.name) for f in fields(method)}, **common)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -3,7 +3,17 @@ import pickle
 
 import pytest
 
-from dit_accel import Guard, Processor, Radial, RadialProcessor, Schedule, UsageError
+from dit_accel import (
+    GNA,
+    AdaSpaProcessor,
+    GNAProcessor,
+    Guard,
+    Processor,
+    Radial,
+    RadialProcessor,
+    Schedule,
+    UsageError,
+)
 from dit_accel.methods import REGISTRY, Method, find
 from dit_accel.processors import PROCESSORS
 
@@ -45,6 +55,23 @@ def test_bad_settings(settings, message):
 def test_an_unknown_method_gets_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'radial'"):
         find("radail")
+
+
+def test_presets_by_name():
+    processor = GNAProcessor.preset("hunyuan", dilation=1, schedule=Schedule(first=3))
+    assert (processor.method, processor.schedule) == (GNA.preset("hunyuan"), Schedule(first=3))
+    with pytest.raises(UsageError, match="Radial has no presets; got 'hunyuan'"):
+        RadialProcessor.preset("hunyuan")
+
+
+def test_the_schedule_and_the_dense_steps_are_the_methods_where_none_is_given():
+    assert RadialProcessor().schedule == Processor(None).schedule == Schedule()
+    assert RadialProcessor().dense_steps(8) == [0, 1]
+    assert Processor(None).dense_steps(3) == [0, 1, 2]
+    assert AdaSpaProcessor().schedule == Schedule.none()
+    assert AdaSpaProcessor().dense_steps(50) == list(range(10))
+    late = AdaSpaProcessor(search_steps=(1,), schedule=Schedule(first=0, last=2))
+    assert late.dense_steps(8) == [0, 1, 6, 7]
 
 
 def test_called_as_a_bare_processor_it_names_the_right_call():
