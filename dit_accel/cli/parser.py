@@ -7,11 +7,12 @@ import difflib
 import sys
 
 from .. import __version__
-from . import calibrate, doctor, mask, methods, render
+from . import calibrate, doctor, mask, methods, plan, render
 from . import eval as eval_command
 
 COMMANDS = {
     "render": render,
+    "plan": plan,
     "eval": eval_command,
     "mask": mask,
     "calibrate": calibrate,
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   dit-accel render prompts.txt
   dit-accel render prompts.txt --compare --density 0.25
   dit-accel render prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81 -o out
+  dit-accel plan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81
   dit-accel mask --method radial --model-family wan -o mask.png
   dit-accel calibrate paro -o plan.safetensors
   dit-accel methods

@@ -1,0 +1,308 @@
+"""What a setting costs and can gain, before anything is downloaded or loaded: from configuration files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import cost
+from ..diffusers.facts import facts_of
+from ..errors import DitAccelError, UnsupportedError, UsageError
+from ..functional import plan as make_plan
+from ..kernels.block_sparse import choose
+from ..layout import Layout
+from ..lowering import lower
+from ..methods import Call, Method, Paro
+from ..methods.paro_file import PlanFile
+from ..pipelines.acceleration import Acceleration
+from ..pipelines.geometry import geometry
+from ..pipelines.job import Job, Shot, resolve
+from ..pipelines.load import pick_device, pick_dtype
+from ..pipelines.model import ModelInfo, inspect_model
+from ..pipelines.prompts import Prompt
+from ..plans import Plan
+from ..schedule import Schedule
+from ..step import Step
+from .atlas import synthetic_tensors
+from .devices import CLASSES
+from .flops import Operations, count, skeleton
+from .speed import amdahl
+
+# Gains below WORTH do not pay for a method. Below SMALL with attention for free, attention's share is what is lacking.
+WORTH, SMALL = 1.1, 1.25
+# Tokens per axis of the grid on which a content-dependent method is tried.
+_TRIAL = (5, 12, 12)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to plan. ``None`` takes the model's own default. ``image``: as an image-to-video pipeline."""
+
+    model: str | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    image: bool = False
+    accel: Acceleration = dataclasses.field(default_factory=Acceleration)
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """The plan of a run as plain JSON values; the sections are those that ``dit-accel plan`` prints.
+
+    Raises ``UsageError`` and ``UnsupportedError`` as rendering would, before any weight is asked for.
+    """
+    info = inspect_model(question.model, image=question.image)
+    shot = _shot(question, info)
+    layout, words = _tokens(info, shot)
+    model = skeleton(info)
+    operations = count(model, info.family, layout, words)
+    device = pick_device(question.device)
+    dtype = pick_dtype(question.dtype, device)
+    branches = _branches(info, shot)
+    result: dict[str, Any] = {
+        "model": {"name": info.name, "pipeline": info.pipeline_class.__name__, "transformer": info.transformer_class},
+        "run": {
+            "width": shot.width, "height": shot.height, "frames": shot.frames, "steps": shot.steps,
+            "forwards_per_step": branches,
+        },
+        "tokens": {
+            "sequence": layout.tokens, "grid": list(layout.grid), "text_in_sequence": layout.text,
+            "text_attended": words, "layout": str(layout),
+        },
+        "operations": _operations(operations, shot.steps * branches),
+        "notes": list(shot.choice.notes),
+    }  # fmt: skip
+    processor = shot.choice.processor
+    if processor is None:
+        result["method"] = None
+        return result | {"verdict": _dense_verdict(operations)}
+    method, schedule = processor.method, processor.schedule
+    method.check_model(facts_of(model, info.family))
+    found = _Found.of(method, layout, operations, shot.choice.density)
+    layers = _layers(method, schedule, shot.steps, operations.layers, found.density)
+    sparse = 1 - sum(row["dense_steps"] for row in layers) / len(layers)
+    density = None if found.density is None else sum(row["density"] for row in layers) / len(layers)
+    result |= {
+        "method": method.to_dict(),
+        "schedule": schedule.to_dict(),
+        "density": {
+            "plan": found.density, "source": found.source, "effective": density, "sparse_share": sparse,
+            "layers": layers,
+        },
+        "padding": found.padding,
+        "bound": {
+            "operations": None if density is None else amdahl(operations.share, density),
+            "free_attention": amdahl(operations.share, 1 - sparse),
+        },
+        "predictions": _predictions(operations, found, sparse),
+        "memory": {
+            "plan_tables": found.tables,
+            "state": method.state_bytes(layout, layers=operations.layers, heads=operations.heads, batch=branches),
+        },
+        "tier": _tier(found, device, dtype, operations, processor.backend),
+    }  # fmt: skip
+    return result | {"verdict": _verdict(result)}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A method's plan on the layout, as far as it can be known. ``visited``: share of key tiles visited.
+
+    ``plan`` is that of the layout, ``trial`` one of a smaller grid that shows how a content-dependent plan is built.
+    """
+
+    density: float | None
+    source: str
+    visited: float | None
+    plan: Plan | None
+    trial: Plan | None
+    why: str | None = None
+
+    @classmethod
+    def of(cls, method: Method, layout: Layout, operations: Operations, density: float | None) -> _Found:
+        if method.static:
+            plan = make_plan(None, None, None, method, layout=layout)
+            tiles = cost.plan_cost(plan)
+            return cls(plan.density, "the plan itself", tiles.mean / tiles.total, plan, None)
+        trial, why = _try(method, layout, operations.heads)
+        known = (
+            (_calibrated(method), "the plan file"),
+            (density, "what --density reaches; the method decides per call"),
+            (getattr(method, "density", None), "the method's density parameter; it decides per call"),
+        )
+        for value, source in known:
+            if value is not None:
+                return cls(value, source, value, None, trial, why)
+        if trial is not None:
+            source = f"made-up tensors on {trial.layout}; it decides per call, give --density for a firmer answer"
+            return cls(trial.density, source, trial.density, None, trial)
+        return cls(None, f"unknown before a run: {why}", None, None, None, why)
+
+    @property
+    def padding(self) -> dict[str, Any] | None:
+        """Slots that the kernel tiles add to the sequence."""
+        if self.plan is None:
+            return None
+        tiles = lower(self.plan)
+        whole = -(-tiles.n_k // tiles.tile_k) * tiles.tile_k
+        return {"tile": [tiles.tile_q, tiles.tile_k], "slots": whole, "share": whole / self.plan.k_blocks.n - 1}
+
+    @property
+    def tables(self) -> int | None:
+        """Bytes of the plan's tables; None where a plan is made for every call."""
+        return None if self.plan is None else _bytes(self.plan)
+
+
+def _shot(question: Question, info: ModelInfo) -> Shot:
+    same = {name: getattr(question, name) for name in ("model", "size", "frames", "steps", "guidance", "accel")}
+    (shot,) = resolve(Job((Prompt("a prompt"),), Path("."), **same), info)
+    if shot.width is None:
+        raise UsageError(f"{info.name} does not say its own size; give --size WxH")
+    return shot
+
+
+def _tokens(info: ModelInfo, shot: Shot) -> tuple[Layout, int]:
+    """The sequence, and how many text tokens it or the cross-attention holds."""
+    known = info.call_arguments.get("max_sequence_length")
+    words = info.defaults.get("max_sequence_length") or (known if isinstance(known, int) else 0)
+    joint = bool(info.family and info.family.joint)
+    layout = geometry(info).layout(shot.width, shot.height, shot.frames, words if joint else 0)
+    if layout is None:
+        raise UnsupportedError(f"the configuration of {info.name} does not tell its token grid, so nothing can be said")
+    return layout, words
+
+
+def _branches(info: ModelInfo, shot: Shot) -> int:
+    """Forwards per step: two under classifier-free guidance, one where the guidance scale is an input of the model."""
+    return 1 if info.transformer.get("guidance_embeds") or shot.call.get("guidance_scale", 1.0) <= 1 else 2
+
+
+def _operations(found: Operations, forwards: int) -> dict[str, Any]:
+    return {
+        "attention": found.attention, "cross_attention": found.cross, "linear": found.linear,
+        "attention_share": found.share, "layers": found.layers, "heads": found.heads, "width": found.width,
+        "run_total": found.total * forwards, "run_attention": found.attention * forwards,
+    }  # fmt: skip
+
+
+def _try(method: Method, layout: Layout, heads: int) -> tuple[Plan | None, str | None]:
+    """A plan that shows the form of those a content-dependent method makes, or why there is none.
+
+    A calibrated method reads no tensor; others plan made-up ones on a small grid.
+    """
+    if isinstance(method, Paro):
+        first = PlanFile.open(method.plan_file).header.layers[0]
+        return method.plan(torch.empty((1, heads, 0, 1)), None, None, Call(layout, layer=first)), None
+    grid = tuple(min(n, limit) for n, limit in zip(layout.grid, _TRIAL, strict=True))
+    small = Layout(grid=grid, text=min(layout.text, 8))
+    # Two heads that differ, so that a plan which may differ by head shows it.
+    two = [synthetic_tensors(small, seed) for seed in (0, 1)]
+    q, k, v = (torch.cat(part, 1) for part in zip(*two, strict=True))
+    try:
+        # The middle of a run, past the steps on which a method may be dense or search.
+        plan = make_plan(q, k, v, method, layout=small, step=Step(index=12, total=50))
+        return plan, None if plan is not None else "the method is dense on the step tried"
+    except (DitAccelError, ValueError) as error:
+        return None, str(error)
+
+
+def _calibrated(method: Method) -> float | None:
+    return PlanFile.open(method.plan_file).header.reached if isinstance(method, Paro) else None
+
+
+def _layers(method: Method, schedule: Schedule, steps: int, layers: int, density: float | None) -> list[dict[str, Any]]:
+    """Per layer the density of its plan, the share of steps that leave it dense, and the effective density."""
+    calibrated = _layer_densities(method) if isinstance(method, Paro) else {}
+    own, rows = set(method.dense_steps(steps)), []
+    for layer in range(layers):
+        kept = calibrated.get(layer, density)
+        dense = sum(i in own or schedule.is_dense(Step(index=i, total=steps), layer) for i in range(steps)) / steps
+        rows.append({
+            "layer": layer, "plan": kept, "dense_steps": dense,
+            "density": None if kept is None else dense + (1 - dense) * kept,
+        })  # fmt: skip
+    return rows
+
+
+def _layer_densities(method: Paro) -> dict[int, float]:
+    """The mean over bins and heads of a calibrated plan, by layer."""
+    file = PlanFile.open(method.plan_file)
+    bins = range(file.header.bins)
+    return {
+        layer: sum(float(file.map(layer, b).double().mean()) for b in bins) / len(bins) for layer in file.header.layers
+    }
+
+
+def _predictions(operations: Operations, found: _Found, sparse: float) -> list[dict[str, Any]]:
+    if found.visited is None:
+        return []
+    rest = operations.cross + operations.linear
+    return [device.predict(operations.attention, rest, found.visited, sparse) for device in CLASSES]
+
+
+def _bytes(plan: Plan) -> int:
+    """Of everything a plan keeps: lists, orders, predicate tables."""
+    seen = [plan.order, plan.kv_order]
+    if plan.predicate is not None:
+        seen += [getattr(plan.predicate, f.name) for f in dataclasses.fields(plan.predicate)]
+    tensors = {id(x): x for x in seen if isinstance(x, torch.Tensor)}
+    return plan.bytes() + sum(x.nbytes for x in tensors.values())
+
+
+def _tier(
+    found: _Found, device: torch.device, dtype: torch.dtype, operations: Operations, backend: str
+) -> dict[str, Any]:
+    """The tier that would run on this machine, and why those before it would not."""
+    plan = found.plan or found.trial
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    if plan is None:
+        return {**where, "name": None, "why": found.why}
+    # The verdict follows from device, dtype, head size and the plan's form.
+    q = torch.empty((1, operations.heads, 1, operations.width // operations.heads), dtype=dtype, device=device)
+    try:
+        name, why = choose(q, lower(plan.to(device)), backend=backend)
+    except NotImplementedError as error:
+        raise UnsupportedError(str(error)) from None
+    return {**where, "name": name, "why": why}
+
+
+def _dense_verdict(operations: Operations) -> dict[str, Any]:
+    return _no(f"dense attention: nothing is accelerated; attention is {operations.share:.0%} of a step")
+
+
+def _verdict(result: dict[str, Any]) -> dict[str, Any]:
+    share, bound = result["operations"]["attention_share"], result["bound"]
+    sparse, effective = result["density"]["sparse_share"], result["density"]["effective"]
+    free = f"attention is {share:.0%} of a step; the loop would gain {bound['free_attention']:.2f}x if attention cost "
+    free += f"nothing on the {sparse:.0%} of its calls that run sparse"
+    if sparse == 0:
+        return _no("will not help: every step is dense under this schedule; lower --dense-steps")
+    if bound["free_attention"] < WORTH:
+        return _no(f"will not help: {free}")
+    if effective is None:
+        return {"helps": None, "text": f"unknown: the density shows only in a run; {free}"}
+    gains = [p["loop"] for p in result["predictions"]]
+    low, high = min(gains), max(gains)
+    limits = f"effective density {effective:.2f} bounds the loop at {bound['operations']:.2f}x by operations"
+    if high >= WORTH:
+        return {
+            "helps": True,
+            "text": f"can help: attention is {share:.0%} of a step, {limits}; predicted {low:.2f}x to {high:.2f}x by "
+            "device class",
+        }
+    if bound["free_attention"] < SMALL:
+        return _no(f"will not help: attention is {share:.0%} of a step, {limits}")
+    if bound["operations"] < WORTH:
+        return _no(f"will not help: {limits}; give a lower --density or fewer --dense-steps")
+    return _no(f"will hardly help: {limits}, of which the kernel's own cost is predicted to leave {high:.2f}x")
+
+
+def _no(text: str) -> dict[str, Any]:
+    return {"helps": False, "text": text}

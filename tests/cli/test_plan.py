@@ -1,0 +1,69 @@
+"""``dit-accel plan`` from the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dit_accel.cli import main
+
+
+def run(capsys, *argv):
+    code = main(["plan", *argv])
+    done = capsys.readouterr()
+    return code, done.out, done.err
+
+
+def test_the_bundled_model_by_default(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (0, "")
+    words = ("2,640; grid 33x8x10", "radial", "bound", "padding", "plan tables", "flash on cpu", "sm90", "verdict")
+    assert [word for word in words if word not in out] == []
+    assert "not measured" in out
+
+
+def test_json_holds_what_the_text_says(capsys):
+    code, out, _ = run(capsys, "--density", "0.3", "--dense-layers", "2", "--json")
+    found = json.loads(out)
+    assert (code, found["schema"], found["command"], found["ok"]) == (0, 1, "plan", True)
+    code, text, _ = run(capsys, "--density", "0.3", "--dense-layers", "2")
+    assert f"density     {found['density']['plan']:.4f}" in text
+    assert f"{found['bound']['operations']:.2f}x for the denoising loop" in text
+    assert "by layer  0..1 1.000, 2..5" in text
+    assert found["verdict"]["text"] in text
+
+
+def test_other_sizes_and_dense(capsys):
+    code, out, _ = run(capsys, "--size", "32x16", "--frames", "9", "--steps", "4", "--method", "dense")
+    assert code == 0
+    assert "32x16, 9 frames, 4 steps" in out
+    assert "nothing is accelerated" in out
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--size", "big"], "a size is WIDTHxHEIGHT"),
+    (["--size", "33x17"], "multiples of 16"),
+    (["--frames", "8"], "1 plus a multiple of"),
+    (["--method", "radail"], "did you mean 'radial'"),
+    (["--density", "2"], "lies in (0, 1]"),
+    (["--model", "./absent"], "no model folder at"),
+    (["--backend", "flash", "--method", "gna"], "cannot serve this call"),
+])  # fmt: skip
+def test_usage_errors(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
+def test_no_weight_is_read():
+    """Opening any weight file would be an error."""
+    code = (
+        "import builtins, io, safetensors\n"
+        "def refuse(*a, **k): raise SystemExit('weights were opened')\n"
+        "safetensors.safe_open = refuse\n"
+        "import safetensors.torch; safetensors.torch.load_file = refuse\n"
+        "from dit_accel.cli import main\nraise SystemExit(main(['plan', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
