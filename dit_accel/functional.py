@@ -116,9 +116,7 @@ def _static(method: Method, call: Call) -> Plan:
     return method.plan(None, None, None, call).to(call.device)
 
 
-def tiled(
-    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False
-) -> TilePlan:
+def tiled(plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False) -> TilePlan:
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
     own = lower(plan)
     try:

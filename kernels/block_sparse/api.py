@@ -37,7 +37,7 @@ def block_sparse_attention(
             "an LSE was asked of a plan with a first-order term or row factors; its output is no softmax, so parts "
             "cannot be merged by LSE. Ask for the output alone"
         )
-    tier, _ = choose(q, plan, backend=backend, return_lse=return_lse, masked=kv_valid is not None)
+    tier, _ = choose(q, plan, backend=backend, return_lse=return_lse)
     if tier == "triton":
         from . import triton as tier_triton
 
@@ -56,19 +56,14 @@ def block_sparse_attention(
     return out, lse if return_lse else None
 
 
-def choose(
-    q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False, masked: bool = False
-) -> tuple[str, str]:
-    """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``.
-
-    ``masked``: some keys are dead (``kv_valid``).
-    """
+def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False) -> tuple[str, str]:
+    """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     reasons = []
     refusals = {
         "triton": lambda: _refuses_triton(q, plan),
-        "flash": lambda: flash.refuses(q, plan, masked=masked),
+        "flash": lambda: flash.refuses(q, plan),
         "flex": lambda: flex.refuses(q, plan, return_lse=return_lse),
     }
     for tier, refusal in refusals.items():

@@ -1,7 +1,8 @@
-"""Shared block lists on CPU: torch's own flash kernel, once per run of query tiles that visit the same keys.
+"""Whole blocks on CPU: torch's own flash kernel on gathered keys.
 
-Gathering the keys of such a run costs little beside attending to them, and the dense kernel then works on nothing but
-visible pairs: no compiler, an exact LSE, and for small heads less time per pair than compiled FlexAttention.
+Gathering costs little beside attending, and the dense kernel then works on nothing but visible pairs: no compiler, an
+exact LSE, and for small heads less time per pair than compiled FlexAttention. Lists that all samples and heads share
+run once per run of query tiles that visit the same keys, here; all else row by row, in ``flash_rows.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tileplan import TilePlan
+from . import flash_rows
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,25 +19,24 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Run = tuple[int, int, Tensor]
 
 
-def refuses(q: Tensor, plan: TilePlan, *, masked: bool = False) -> str | None:
-    """Why this tier cannot take the call, or None. ``masked``: some keys are dead."""
+def refuses(q: Tensor, plan: TilePlan) -> str | None:
+    """Why this tier cannot take the call, or None."""
     if q.device.type != "cpu":
         return f"q is on {q.device}; this tier is torch's CPU kernel"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}"
-    if plan.partial is not None:
+    if plan.gate is not None or (plan.partial is not None and not plan.predicate.only_dead):
         return "the plan has partial tiles"
-    if not plan.plain:
-        return "the plan has representatives or row factors"
-    if plan.full.count.shape[:2] != (1, 1):
-        return "the plan differs by sample or head"
-    return "some keys are dead" if masked else None
+    return None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.attention``, for plans that :func:`refuses` lets pass. ``alive`` must be None."""
+    """As ``reference.attention``, for plans that :func:`refuses` lets pass."""
+    shared = plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
+    if not shared or alive is not None or k.shape[-1] != v.shape[-1]:
+        return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)
     groups, dim = q.shape[1] // k.shape[1], k.shape[3]

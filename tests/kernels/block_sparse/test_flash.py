@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels import BlockList, Box, Predicate, TilePlan
-from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash, flash_rows
 
 
 def tensors(n_q, n_k, heads=4, kv_heads=4, dim=24, dtype=torch.float64, batch=2):
@@ -90,12 +90,28 @@ def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
     full = BlockList.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool))
     axis = torch.arange(32, dtype=torch.int32)
     partial = TilePlan(16, 16, 32, 32, full, full, Predicate(box=Box((axis,), (axis + 1,), (axis,))))
-    per_head = TilePlan(16, 16, 32, 32, BlockList.from_mask(torch.ones(1, 4, 2, 2, dtype=torch.bool)))
     assert "partial tiles" in choose(q, partial)[1]
-    assert "differs by sample or head" in choose(q, per_head)[1]
-    shared = TilePlan(16, 16, 32, 32, full)
-    assert choose(q, shared)[0] == "flash"
-    assert "dead" in choose(q, shared, masked=True)[1]
-    valid = torch.tensor([30, 32], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match=r"'flash' cannot serve.*dead"):
-        block_sparse_attention(q, k, v, shared, scale=1.0, kv_valid=valid, backend="flash")
+    with pytest.raises(NotImplementedError, match=r"'flash' cannot serve.*partial tiles"):
+        block_sparse_attention(q, k, v, partial, scale=1.0, backend="flash")
+
+
+@pytest.mark.parametrize("strips", [1, 5000, 1 << 22], ids=["a row a call", "some", "all in one"])
+@pytest.mark.parametrize("tables", [(1, 4), (2, 4), (2, 1)], ids=["head", "sample and head", "sample"])
+def test_lists_by_sample_and_head_ragged_gqa_dead_keys(tables, strips, monkeypatch):
+    monkeypatch.setattr(flash_rows, "STRIPS", strips)
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.rand(*tables, 5, 4, generator=generator) < 0.5
+    mask[0, 0, 2] = False  # a tile without a key
+    plan = TilePlan(16, 20, 71, 77, BlockList.from_mask(mask))
+    q, k, v = tensors(71, 77)
+    k, v = k[:, :2], v[:, :2, :, :20]
+    valid = torch.tensor([77, 50], dtype=torch.int32)
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.3, kv_valid=valid, backend="flash", return_lse=True)
+    seen = mask.repeat_interleave(16, 2)[:, :, :71].repeat_interleave(20, 3)[..., :77]
+    seen = seen & (torch.arange(77) < valid[:, None])[:, None, None]
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen, -torch.inf)
+    expected = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=2e-6, rtol=1e-5)
+    assert out[0, 0, 32:48].abs().max() == 0
+    assert (lse[0, 0, 32:48] == -torch.inf).all()
