@@ -31,6 +31,7 @@ _NAMES = {
     "Clear": "methods",
     "Paro": "methods",
     "AdaSpa": "methods",
+    "VMoBA": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
@@ -39,6 +40,7 @@ _NAMES = {
     "ClearProcessor": "processors",
     "ParoProcessor": "processors",
     "AdaSpaProcessor": "processors",
+    "VMoBAProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
     "set_attn_processor": "diffusers",
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
+    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks, VMoBA
     from .plans import Plan
     from .processors import (
         AdaSpaProcessor,
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
         Processor,
         RadialProcessor,
         RandomBlocksProcessor,
+        VMoBAProcessor,
     )
     from .schedule import Schedule
     from .state import State

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks
+from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks, VMoBA
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -152,6 +152,12 @@ class AdaSpaProcessor(_MethodProcessor):
     method_class = AdaSpa
 
 
+class VMoBAProcessor(_MethodProcessor):
+    """VMoBA: each query takes the chunks of the video whose mean key is most like it. A method for training."""
+
+    method_class = VMoBA
+
+
 class AllBlocksProcessor(_MethodProcessor):
     """Everything through the sparse kernel; for tests."""
 
@@ -172,6 +178,7 @@ PROCESSORS: dict[str, type[_MethodProcessor]] = {
         ClearProcessor,
         ParoProcessor,
         AdaSpaProcessor,
+        VMoBAProcessor,
         AllBlocksProcessor,
         RandomBlocksProcessor,
     )

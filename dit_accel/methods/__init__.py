@@ -7,6 +7,7 @@ from .gna import GNA
 from .paro import Paro
 from .radial import Radial
 from .testing import AllBlocks, RandomBlocks
+from .vmoba import VMoBA
 
 __all__ = [
     "GNA",
@@ -20,5 +21,6 @@ __all__ = [
     "Paro",
     "Radial",
     "RandomBlocks",
+    "VMoBA",
     "find",
 ]
