@@ -48,6 +48,23 @@ def block_means(
     return means, count
 
 
+def block_spreads(
+    x: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, mean absolute deviations and counts of blocks over their live tokens; arguments as in :func:`block_means`.
+
+    Deviations (B, H, R, D) are per channel and from the block's own mean (Rectified SpaAttn, arXiv 2511.19835).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    count = block_counts(bounds, live=live, order=order, device=x.device)
+    means, spreads = x.new_empty((2, *x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
+    for part in _parts(x.shape, bounds, live, order, x.device):
+        tokens, where = part.load(x, dtype), (slice(None), part.heads, part.blocks)
+        means[where] = part.mean(tokens, count)
+        spreads[where] = part.mean((tokens - means[where][..., None, :]).abs(), count)
+    return means, spreads, count
+
+
 def block_counts(
     bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None, device: torch.device | None = None
 ) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.kernels.pooling import block_means, block_statistics
+from dit_accel.kernels.pooling import block_means, block_spreads, block_statistics
 from dit_accel.kernels.pooling import blocks as implementation
 
 SIZES = {
@@ -70,6 +70,24 @@ def test_equals_brute_force(name, dead, order, chunk, monkeypatch):
     torch.testing.assert_close(plain.moment.double(), moment.sum(2), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.norm.double(), moment.flatten(3).norm(dim=-1), atol=1e-4, rtol=1e-5)
     assert plain.norm is None
+
+
+@pytest.mark.parametrize("order", [None, "shared", "per head"])
+@pytest.mark.parametrize("dead", [False, True], ids=["all live", "dead keys"])
+@pytest.mark.parametrize("name", SIZES)
+def test_spreads_are_mean_absolute_deviations(name, dead, order, monkeypatch):
+    monkeypatch.setattr(implementation, "CHUNK", 200)
+    k, _, bounds, more = case(SIZES[name], dead=dead, order=order)
+    means, spreads, count = block_spreads(k, bounds, **more)
+    for x, y in zip((means, count), block_means(k, bounds, **more), strict=True):
+        assert torch.equal(x, y)
+    for b, h in ((0, 0), (1, 2)):
+        slots = torch.arange(k.shape[2]) if order is None else more["order"] if order == "shared" else more["order"][h]
+        for j in range(len(bounds) - 1):
+            tokens = [t for t in slots[bounds[j] : bounds[j + 1]].tolist() if not dead or more["live"][b, t]]
+            each = [(k[b, h, t].double() - means[b, h, j].double()).abs() for t in tokens]
+            expected = sum(each) / len(each) if each else torch.zeros(D).double()
+            torch.testing.assert_close(spreads[b, h, j].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dead_and_foreign_tokens_do_not_reach_the_statistics():
