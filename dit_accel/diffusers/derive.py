@@ -53,8 +53,9 @@ def adopt(stock: Any, handle: torch.Tensor) -> Any:
     """
     derived = object.__new__(derive(type(stock)))
     derived.__dict__ = stock.__dict__
-    derived._handle = handle
-    derived._stock = stock
+    # Past any __setattr__ of the class: an adapter's processor is a module and would register the two as its children.
+    object.__setattr__(derived, "_handle", handle)
+    object.__setattr__(derived, "_stock", stock)
     return derived
 
 
