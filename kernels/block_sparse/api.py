@@ -32,27 +32,16 @@ def block_sparse_attention(
     no plain softmax.
     """
     check(q, k, v, plan, kv_valid)
-    if return_lse and (plan.first_order is not None or plan.row_scale is not None):
-        raise NotImplementedError(
-            "an LSE was asked of a plan with a first-order term or row factors; its output is no softmax, so parts "
-            "cannot be merged by LSE. Ask for the output alone"
-        )
+    if return_lse:
+        check_lse(plan)
     tier, _ = choose(q, plan, backend=backend, return_lse=return_lse)
     if tier == "triton":
         from . import triton as tier_triton
 
         return tier_triton.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, return_lse=return_lse)
-    alive = None if kv_valid is None else _alive(plan, kv_valid)
-    if plan.order is not None:
-        q = take(q, plan.order)
-    if plan.kv_order is not None:
-        k, v = (_per_head(x, plan.kv_order, q.shape[1]) for x in (k, v))
-        k, v = take(k, plan.kv_order), take(v, plan.kv_order)
+    q, k, v, alive = in_plan_order(q, k, v, plan, kv_valid)
     run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
-    out, lse = run(q, k, v, plan, scale=scale, alive=alive)
-    if plan.order is not None:
-        out = put(out, plan.order, plan.queries)
-        lse = None if lse is None else put(lse[..., None], plan.order, plan.queries)[..., 0]
+    out, lse = in_token_order(*run(q, k, v, plan, scale=scale, alive=alive), plan)
     return out, lse if return_lse else None
 
 
@@ -60,6 +49,11 @@ def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool
     """The tier that will run and why. A tier asked for by name that cannot serve raises ``NotImplementedError``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if plan.first_order_each:
+        why = "it has a first-order matrix per representative, which the reference tier alone serves"
+        if backend not in ("auto", "reference"):
+            raise NotImplementedError(f"backend {backend!r} cannot serve this plan: {why}; use backend='reference'")
+        return "reference", why
     reasons = []
     refusals = {
         "triton": lambda: _refuses_triton(q, plan),
@@ -130,6 +124,40 @@ def check_plan(plan: TilePlan, b: int, h: int) -> None:
             raise ValueError(f"the plan's {name} is {tuple(order.shape)}; allowed are ({n},) and ({h}, {n})")
     if plan.partial is not None and plan.predicate is None and plan.gate is None:
         raise ValueError("the plan has partial tiles but neither a predicate nor a gate to test their pairs")
+
+
+def check_lse(plan: TilePlan) -> None:
+    """Raise ``NotImplementedError`` where the plan's output is no plain softmax."""
+    if plan.first_order is not None or plan.row_scale is not None:
+        raise NotImplementedError(
+            "an LSE was asked of a plan with a first-order term or row factors; its output is no softmax, so parts "
+            "cannot be merged by LSE. Ask for the output alone"
+        )
+
+
+def in_plan_order(
+    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k and v in plan order, and which slots hold a live key, bool (B, 1 or H, n_k), or None where all do.
+
+    Holes hold any token and count as live: the plan hides them itself. Key heads are repeated up to the query heads
+    where each query head has its own order.
+    """
+    alive = None if kv_valid is None else _alive(plan, kv_valid)
+    if plan.order is not None:
+        q = take(q, plan.order)
+    if plan.kv_order is not None:
+        k, v = (_per_head(x, plan.kv_order, q.shape[1]) for x in (k, v))
+        k, v = take(k, plan.kv_order), take(v, plan.kv_order)
+    return q, k, v, alive
+
+
+def in_token_order(out: Tensor, lse: Tensor | None, plan: TilePlan) -> tuple[Tensor, Tensor | None]:
+    """out (B, H, n_q, Dv) and lse (B, H, n_q) in the caller's token order, without holes."""
+    if plan.order is None:
+        return out, lse
+    lse = None if lse is None else put(lse[..., None], plan.order, plan.queries)[..., 0]
+    return put(out, plan.order, plan.queries), lse
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:

@@ -31,16 +31,16 @@ def rows(
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, groups = q.shape[1], q.shape[1] // k.shape[1]
     inside = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
-    slots, live = _visible(plan, tile, inside)
+    slots, live = visible(plan, tile, inside)
     q = q[:, :, inside].to(dtype)
     if alive is not None:
-        live = live & _pick(alive[..., None], slots)[..., 0][:, :, None, :]
+        live = live & pick(alive[..., None], slots)[..., 0][:, :, None, :]
     shared = slots.shape[0] == 1 and slots.shape[1] == 1
-    keys, values = (_heads(_take(x, slots, shared, groups), heads, groups).to(dtype) for x in (k, v))
+    keys, values = (repeat_heads(pick_slots(x, slots, shared, groups), heads, groups).to(dtype) for x in (k, v))
     scores = ((q @ keys.mT) * scale).masked_fill(~live, -torch.inf)
     exact = scores.shape[-1]
     for group in plan.reps:
-        logits, pooled = _represented(q, group, tile, scale)
+        logits, pooled = represented(q, group, tile, scale)
         scores, values = torch.cat([scores, logits], -1), torch.cat([values, pooled], 2)
     if not scores.shape[-1]:
         return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -torch.inf)
@@ -50,13 +50,13 @@ def rows(
     out = (weights @ values) / total.masked_fill(total == 0, 1)
     if plan.first_order is not None:
         mass = weights[..., exact:].sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
-        out = out + scale * mass * (q @ _heads(plan.first_order, heads, groups).to(dtype))
+        out = out + scale * mass * (q @ repeat_heads(plan.first_order, heads, groups).to(dtype))
     if plan.row_scale is not None:
         out = out * plan.row_scale[:, :, tile, None, None].to(dtype) + plan.row_add[:, :, tile, None].to(dtype)
     return out, (top + total.log())[..., 0]
 
 
-def _represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tensor, Tensor]:
+def represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tensor, Tensor]:
     """Logits (B, H, R, C) of the representatives that a query tile sees, and their values (B, H, C, Dv)."""
     count = group.seen.count[:, :, tile]
     width = int(count.max())
@@ -65,12 +65,13 @@ def _represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tens
     listed = (torch.arange(width, device=index.device) < count[..., None]).repeat_interleave(group.width, -1)
     heads, groups = q.shape[1], q.shape[1] // group.key.shape[1]
     shared = slots.shape[0] == 1 and slots.shape[1] == 1
-    keys, values = (_heads(_take(x, slots, shared, groups), heads, groups).to(q) for x in (group.key, group.value))
-    bias = _pick(group.bias()[..., None].to(q), slots)[..., 0].masked_fill(~listed, -torch.inf)
+    pooled = (pick_slots(x, slots, shared, groups) for x in (group.key, group.value))
+    keys, values = (repeat_heads(x, heads, groups).to(q) for x in pooled)
+    bias = pick(group.bias()[..., None].to(q), slots)[..., 0].masked_fill(~listed, -torch.inf)
     return (q @ keys.mT) * scale + bias[:, :, None], values
 
 
-def _visible(plan: TilePlan, tile: int, rows: slice) -> tuple[Tensor, Tensor]:
+def visible(plan: TilePlan, tile: int, rows: slice) -> tuple[Tensor, Tensor]:
     """Slots of the listed key tiles (B1, H1, C) and which pairs are visible, bool (B1, H1, R or 1, C)."""
     lists = [plan.full] if plan.partial is None else [plan.full, plan.partial]
     slots, masks = [], []
@@ -109,20 +110,20 @@ def _tested(plan: TilePlan, q: Tensor, slots: Tensor) -> Tensor:
     return cell == 2 if seen is None else (cell == 2) | ((cell == 1) & seen)
 
 
-def _take(x: Tensor, slots: Tensor, shared: bool, groups: int) -> Tensor:
+def pick_slots(x: Tensor, slots: Tensor, shared: bool, groups: int) -> Tensor:
     if shared:
         return x.index_select(2, slots[0, 0])
     if slots.shape[1] > 1 and groups > 1:
         x = x.repeat_interleave(groups, 1)
-    return _pick(x, slots)
+    return pick(x, slots)
 
 
-def _pick(x: Tensor, slots: Tensor) -> Tensor:
+def pick(x: Tensor, slots: Tensor) -> Tensor:
     """x (B, H, N, D) at slots (B1, H1, C), broadcast over batch and heads: (B, H, C, D)."""
     b, h = (max(x.shape[i], slots.shape[i]) for i in (0, 1))
     x = x.expand(b, h, *x.shape[2:])
     return x.gather(2, slots.expand(b, h, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
-def _heads(x: Tensor, heads: int, groups: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int, groups: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(groups, 1)

@@ -1,0 +1,137 @@
+"""Quantised block-sparse attention in plain torch: what the quantised kernels compute, one query tile at a time.
+
+Integer products are exact in float32 (127 x 127 x D stays below 2**24 for D up to 1040), so the emulation differs from
+the hardware in the order of float32 sums alone, and in FP16 sums, which it rounds once per 64 products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..block_sparse import gather
+from ..representatives import Group
+from ..tileplan import TilePlan
+from .operands import Operands
+from .recipe import Recipe
+from .values import FP16_CHAIN, LIMIT, ROUND
+
+LOG2E = math.log2(math.e)
+LOWEST = torch.finfo(torch.float32).min
+TINY = torch.finfo(torch.float32).tiny
+
+
+def attention(
+    q: Tensor, x: Operands, plan: TilePlan, recipe: Recipe, *, scale: float, alive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq) float32, tokens in plan order.
+
+    ``q``: the queries as given, for what stays in 16 bits; ``x``: the quantised operands, ``alive`` as in the
+    block-sparse tiers. Reads only the listed tiles; memory is O(tile_q x visited keys).
+    """
+    x = replace(x, k=x.k.float(), v=x.v.float())
+    plan = replace(plan, reps=tuple(_smoothed(group, x, q.shape[1]) for group in plan.reps))
+    out = q.new_empty((*q.shape[:3], x.v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    for tile in range(plan.tiles_q):
+        inside = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
+        out[:, :, inside], lse[:, :, inside] = rows(q, x, plan, recipe, tile, inside, scale=scale, alive=alive)
+    return out, lse
+
+
+def rows(
+    q: Tensor, x: Operands, plan: TilePlan, recipe: Recipe, tile: int, inside: slice, *, scale: float,
+    alive: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (B, H, R, Dv) and LSE (B, H, R) of one query tile, whose queries are ``inside``. float32."""
+    heads, groups = q.shape[1], q.shape[1] // x.k.shape[1]
+    slots, live = gather.visible(plan, tile, inside)
+    if alive is not None:
+        live = live & gather.pick(alive[..., None], slots)[..., 0][:, :, None, :]
+    shared = slots.shape[0] == 1 and slots.shape[1] == 1
+
+    def seen(table: Tensor) -> Tensor:
+        return gather.repeat_heads(gather.pick_slots(table, slots, shared, groups), heads, groups)
+
+    query = q[:, :, inside].float()
+    score = (x.q[:, :, inside].float() @ seen(x.k).mT) * x.q_scale[:, :, inside, None] * seen(x.k_scale[..., None]).mT
+    if x.q_mean is not None:
+        block = torch.arange(inside.start, inside.stop, device=q.device) // recipe.block_q
+        means = x.q_mean[:, :, inside.start // recipe.block_q : (inside.stop - 1) // recipe.block_q + 1]
+        score = score + (means @ seen(x.k_smooth).mT * (scale * LOG2E))[:, :, block - inside.start // recipe.block_q]
+    score = score.masked_fill(~live, -torch.inf).unflatten(-1, (-1, plan.tile_k))
+    pooled = [gather.represented(query, group, tile, scale) for group in plan.reps]
+    logits = torch.cat([score.new_empty((*score.shape[:3], 0)), *(part * LOG2E for part, _ in pooled)], -1)
+
+    # The maximum as each tile finds it, since weights are rounded in units of it; faded to the last one afterwards.
+    peaks = score.amax(-1)
+    if not peaks.shape[-1] + logits.shape[-1]:
+        return query.new_zeros((*query.shape[:3], x.v.shape[-1])), query.new_full(query.shape[:3], -torch.inf)
+    last = torch.cat([peaks, logits], -1).amax(-1, keepdim=True).clamp_min(LOWEST)
+    top = peaks.cummax(-1).values.clamp_min(LOWEST) if peaks.shape[-1] else peaks
+    weight, fade = torch.exp2(score - top[..., None]), torch.exp2(top - last)
+    total = (weight.sum(-1) * fade).sum(-1, keepdim=True)
+    out = _product(weight, fade, seen(x.v), recipe)
+    if x.v_scale is not None:
+        out = out * gather.repeat_heads(x.v_scale, heads, groups)
+    mass = torch.exp2(logits - last)
+    start = 0
+    for part, values in pooled:
+        out = out + mass[..., start : start + part.shape[-1]] @ values
+        start += part.shape[-1]
+    mass = mass.sum(-1, keepdim=True)
+    total = total + mass
+    empty = total == 0
+    divisor = total.masked_fill(empty, 1)
+    out = out / divisor
+    if x.v_mean is not None:
+        out = out + gather.repeat_heads(x.v_mean, heads, groups).masked_fill(empty, 0)
+    if plan.first_order is not None:
+        first_order = gather.repeat_heads(plan.first_order, heads, heads // plan.first_order.shape[1])
+        out = out + scale * (mass / divisor) * (query @ first_order.float())
+    if plan.row_scale is not None:
+        out = out * plan.row_scale[:, :, tile, None, None] + plan.row_add[:, :, tile, None]
+    lse = (last + total.log2()) / LOG2E
+    if x.k_mean is not None:
+        lse = lse + scale * (query @ gather.repeat_heads(x.k_mean, heads, groups).mT)
+    return out, lse[..., 0]
+
+
+def _product(weight: Tensor, fade: Tensor, values: Tensor, recipe: Recipe) -> Tensor:
+    """P @ V as the recipe rounds it: weight (B, H, R, T, K) of T tiles, fade (B, H, R, T), values (B, H, T K, Dv)."""
+    fade = fade[..., None]
+    if recipe.pv in LIMIT:
+        unit = {
+            "static": lambda: torch.ones_like(fade),
+            "row": lambda: weight.amax(-1, keepdim=True),
+            "tile": lambda: weight.amax((2, 4), keepdim=True),
+        }[recipe.p_scale]().clamp_min(TINY) / LIMIT[recipe.pv]
+        weight, fade = ROUND[recipe.pv](weight / unit), fade * unit
+    elif recipe.pv == "fp16":
+        weight = weight.half().float()
+    if not recipe.narrow:
+        return (weight * fade).flatten(-2) @ values
+    values = values.unflatten(2, weight.shape[-2:])
+    chain = min(weight.shape[-1], FP16_CHAIN)
+    rest = -weight.shape[-1] % chain
+    weight = pad(weight, (0, rest)).unflatten(-1, (-1, chain)).movedim(2, -2)
+    values = pad(values, (0, 0, 0, rest)).unflatten(3, (-1, chain))
+    return ((weight @ values).half().float() * fade.movedim(2, 3)[:, :, :, None]).sum((2, 3))
+
+
+def _smoothed(group: Group, x: Operands, heads: int) -> Group:
+    """Representatives of the smoothed keys and values: all logits of a row then share one offset."""
+    key, value = group.key.float(), group.value.float()
+    if x.k_mean is not None:
+        key = _each(key, heads) - _each(x.k_mean, heads)
+    if x.v_mean is not None:
+        value = _each(value, heads) - _each(x.v_mean, heads)
+    return replace(group, key=key, value=value)
+
+
+def _each(x: Tensor, heads: int) -> Tensor:
+    return gather.repeat_heads(x, heads, heads // x.shape[1])
