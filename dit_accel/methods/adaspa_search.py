@@ -17,8 +17,8 @@ RECALL = 0.8  # of the mass; heads above it can do with fewer blocks (3.3)
 # Scores held at once, in elements.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
-# exp of it, summed over any number of keys, is finite in float32; an LSE of another step may be off without bound.
-_LARGEST = 60.0
+# An LSE of another step may be off without bound; sums over all blocks stay finite in float32.
+_LARGEST = 1e30
 
 
 def main_blocks(layout: Layout, size: int) -> range:
@@ -50,7 +50,7 @@ def block_mass(
     keys, groups = k.shape[2], heads // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.empty((batch, heads, -(-rows // size), -(-keys // size)), dtype=dtype, device=q.device)
-    fresh = lse is None
+    fresh, lowest = lse is None, torch.finfo(dtype).min
     if fresh:
         lse = torch.empty((batch, heads, rows), dtype=dtype, device=q.device)
     some_heads, some_blocks = _chunk(q.device, heads, size, keys)
@@ -64,11 +64,14 @@ def block_mass(
                 scores = (q[at].to(dtype) * scale) @ columns
                 if dead is not None:
                     scores.masked_fill_(dead, -torch.inf)
+                offset = scores.amax(-1, keepdim=True).clamp_min_(lowest) if fresh else lse[at][..., None]
+                sums = _sums(scores.sub_(offset).exp_(), size)
                 if fresh:
-                    lse[at] = scores.logsumexp(-1).clamp_min_(torch.finfo(dtype).min)
-                weights = scores.sub_(lse[at][..., None]).clamp_max_(_LARGEST).exp_()
-                mass[b, at[1], p : p + some_blocks] = _sums(_sums(weights, size).mT, size).mT
-    return mass, lse
+                    total = sums.sum(-1, keepdim=True)
+                    lse[at] = (offset + total.log()).clamp_min_(lowest)[..., 0]
+                    sums /= total.masked_fill(total == 0, 1)
+                mass[b, at[1], p : p + some_blocks] = _sums(sums.mT, size).mT
+    return mass.clamp_max_(_LARGEST), lse
 
 
 def select(mass: Tensor, keys: range, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

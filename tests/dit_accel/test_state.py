@@ -1,3 +1,6 @@
+import torch
+
+from dit_accel.kernels import BlockList
 from dit_accel.state import State
 from dit_accel.step import Step
 
@@ -16,6 +19,17 @@ def test_slots_are_apart_by_run_branch_and_layer():
     assert state.slot(Step(run=0, branch="uncond"), 3) == {}
     assert state.slot(Step(run=1, branch="cond"), 3) == {}
     assert state.slot(Step(run=0, branch="cond"), 4) == {}
+
+
+def test_bytes_are_told_by_layer():
+    state = State()
+    state.slot(Step(branch="cond"), 2)["lse"] = torch.zeros(3, 5)
+    state.slot(Step(branch="uncond"), 2)["lse"] = torch.zeros(2, dtype=torch.int16)
+    state.slot(Step(), 4)["lists"] = BlockList.from_mask(torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    state.slot(Step(), 5)["seen"] = 7
+    assert state.bytes() == {2: 3 * 5 * 4 + 2 * 2, 4: (2 + 2 * 3) * 4, 5: 0}
+    state.close_run(0)
+    assert state.bytes() == {}
 
 
 def test_closing_a_run_forgets_it_and_earlier_ones():

@@ -8,6 +8,7 @@ from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Radial, RandomBlocks
 from dit_accel.pipelines.acceleration import Acceleration, check_backend, choose
+from dit_accel.schedule import Schedule
 
 VIDEO = Layout(grid=(21, 30, 52))
 
@@ -23,6 +24,14 @@ def test_video_gets_radial_with_its_published_defaults():
     assert choice.processor.method == Radial()
     assert choice.notes == ()
     assert len(choice.processor.schedule.dense_steps(50)) == 13
+
+
+def test_a_method_brings_its_own_schedule():
+    choice = decide(method="adaspa", dense_layers=2)
+    assert choice.processor.schedule == Schedule(first=0, layers=2)
+    assert choice.processor.dense_steps(50) == list(range(10))
+    assert decide(method="adaspa", dense_steps=0.5).processor.dense_steps(50) == list(range(25))
+    assert "all 2 steps run dense" in decide(method="adaspa", parameters={"search_steps": (1,)}, steps=2).notes[0]
 
 
 def test_the_density_is_that_of_the_plan():
