@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..blocklist import BlockList
 from ..tileplan import TilePlan
-from . import gather
+from . import flex_reps, gather
 from .flex_tables import Cells, MaskKind, Tables
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +30,8 @@ class FlexUnavailable(RuntimeError):
 
 def refuses(q: Tensor, plan: TilePlan, *, return_lse: bool) -> str | None:
     """Why this tier cannot take the call, or None."""
-    if not plan.plain:
-        return "the plan has representatives or row factors"
+    if (why := flex_reps.refuses(plan)) is not None:
+        return why
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}; FlexAttention takes float32, float16 and bfloat16"
     if return_lse and q.device.type == "cpu":
@@ -69,10 +69,15 @@ def attention(
     The first call of every kind compiles for some seconds. Raises ``FlexUnavailable`` when that call's answer is
     not the plan's.
     """
-    key = ("flex", q.shape[0], q.shape[1])
+    b, h = q.shape[:2]
+    key = ("flex", b, h)
     if key not in plan._memo:
-        plan._memo[key] = Tables.of(plan, q.shape[0], q.shape[1])
+        plan._memo[key] = Tables.of(flex_reps.joined(plan) if plan.reps else plan, b, h)
     tables = plan._memo[key]
+    bias = flex_reps.bias(plan, alive) if plan.reps or alive is not None else None
+    inputs = q, k, v
+    if plan.reps:
+        k, v = flex_reps.strips(k, v, plan)
     q, k, v = (_dense(x.detach()) for x in (q, k, v))
     kind = Kind(
         dtype=q.dtype,
@@ -82,11 +87,12 @@ def attention(
         tile=(plan.tile_q, plan.tile_k),
         scale=float(scale),
         tests=tables.tests,
-        alive=alive is not None,
+        biased=bias is not None,
     )
     run = _compiled(kind)
-    out = run(q, k, v, tables, None if alive is None else Cells.of(alive, q.shape[0], q.shape[1]))
-    run.verify(out, q, k, v, plan, scale, alive)
+    out = run(q, k, v, tables, None if bias is None else Cells.of(bias, b, h))
+    out = flex_reps.finish(out, q, plan, scale)
+    run.verify(out, *inputs, plan, scale, alive)
     return out, None
 
 
@@ -105,7 +111,7 @@ class Kind:
     tile: tuple[int, int]
     scale: float
     tests: MaskKind | None
-    alive: bool
+    biased: bool
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -124,13 +130,13 @@ class _Run:
         self._lock = threading.Lock()
         self._verified = False
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, alive: Cells | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, bias: Cells | None) -> Tensor:
         # A grad mode that differs from call to call would compile the same thing twice.
         with torch.no_grad():
             if self._verified:
-                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, alive)
+                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, bias)
             with self._lock:
-                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, alive)
+                return self._call(q, k, v, *tables.lists, tables.predicate, tables.gate, bias)
 
     def verify(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, alive: Tensor | None
@@ -160,9 +166,9 @@ def _compiled(kind: Kind) -> _Run:
 def _compile(kind: Kind):
     tested = kind.tests is not None
     gated, ruled = tested and kind.tests.gate, tested and kind.tests.predicate
-    tile, scale, scored, gqa = kind.tile, kind.scale, kind.alive, kind.shape[1] != kind.shape[2]
+    tile, scale, scored, gqa = kind.tile, kind.scale, kind.biased, kind.shape[1] != kind.shape[2]
 
-    def run(q, k, v, part_count, part_index, full_count, full_index, predicate, gate, alive):
+    def run(q, k, v, part_count, part_index, full_count, full_index, predicate, gate, bias):
         def mask_mod(b, h, qi, ki):
             if not gated:
                 return predicate.visible(qi, ki)
@@ -173,7 +179,7 @@ def _compile(kind: Kind):
             return qi >= 0
 
         def score_mod(score, b, h, qi, ki):
-            return torch.where(alive.cells[alive.batch[b] + alive.head[h] + ki], score, -float("inf"))
+            return score + bias.cells[bias.batch[b] + bias.head[h] + ki]
 
         mask = BlockMask.from_kv_blocks(
             part_count,

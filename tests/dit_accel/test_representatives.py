@@ -10,6 +10,7 @@ from dit_accel import Layout, attend
 from dit_accel.blocks import Blocks
 from dit_accel.errors import UnsupportedError
 from dit_accel.kernels import BlockList, Group
+from dit_accel.kernels.block_sparse import choose
 from dit_accel.lowering import lower
 from dit_accel.plans import Plan
 
@@ -111,6 +112,25 @@ def test_equals_brute_force(name, permuted, backend):
     out = attend(q, k, v, plan=plan, layout=plan.layout, backend=backend)
     expected, _ = brute(q, k, v, plan, kind, settings["sizes"])
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
+
+
+def test_compiled_flex_equals_brute_force():
+    order = torch.randperm(sum(RAGGED), generator=torch.Generator().manual_seed(1))
+    q, k, v, plan, kind = case(**CASES["everything"], order=order)
+    assert choose(q, lower(plan), backend="flex") == ("flex", "first choice on this device")
+    out = attend(q, k, v, plan=plan, layout=plan.layout, backend="flex")
+    torch.testing.assert_close(out.double(), brute(q, k, v, plan, kind, RAGGED)[0], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_through_compiled_flex(name, permuted):
+    settings = dict(CASES[name])
+    order = torch.randperm(sum(settings["sizes"]), generator=torch.Generator().manual_seed(1)) if permuted else None
+    q, k, v, plan, kind = case(**settings, order=order)
+    out = attend(q, k, v, plan=plan, layout=plan.layout, backend="flex")
+    torch.testing.assert_close(out.double(), brute(q, k, v, plan, kind, settings["sizes"])[0], atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather", "flash"])
