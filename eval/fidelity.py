@@ -1,31 +1,37 @@
 """How close frames are to the dense ones: PSNR and SSIM, with their conventions fixed and named.
 
 PSNR is the mean over frames of each frame's own dB, as most tools report it; a frame without error counts as
-100 dB and is counted. SSIM is Wang's (2004) with an 11x11 Gaussian of sigma 1.5 and no padding, which equals
-pytorch-msssim and scikit-image's Gaussian variant. All arithmetic is float64: uint8 differences wrap around.
+100 dB and is counted. SSIM is Wang's (2004) with an 11x11 Gaussian of sigma 1.5. What happens at the border is named:
+``"valid"``, ours, pads nothing and equals pytorch-msssim and scikit-image's Gaussian variant; ``"reflect"`` is
+torchmetrics', ``"zero"`` FastVideo's. All arithmetic is float64: uint8 differences wrap around.
+
+``python -m dit_accel.eval.fidelity DENSE FAST`` compares two folders of renders, paired by prompt and seed.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from ..errors import UsageError
 
 CAP = 100.0
 PSNR_VARIANT = "mean of per-frame PSNR, capped at 100 dB"
-SSIM_VARIANT = "Gaussian 11x11, sigma 1.5, valid, per RGB channel"
+# Border convention -> how it pads; None pads nothing.
+BORDERS = {"valid": None, "reflect": "reflect", "zero": "constant"}
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 
 @dataclass(frozen=True)
 class Fidelity:
     """``psnr``: mean of ``psnr_frames`` in dB. ``psnr_global``: from the MSE pooled over frames. ``n_identical``:
-    frames that hit the cap. ``ssim``: mean of ``ssim_frames``, or None where frames are smaller than the window."""
+    frames that hit the cap. ``ssim``: mean of ``ssim_frames``, or None where frames are smaller than the window.
+    ``psnr_variant``, ``ssim_variant``: the conventions in words."""
 
     psnr: float
     psnr_global: float
@@ -34,18 +40,25 @@ class Fidelity:
     ssim: float | None
     ssim_frames: tuple[float, ...]
     psnr_variant: str = PSNR_VARIANT
-    ssim_variant: str = SSIM_VARIANT
+    ssim_variant: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def fidelity(a: Any, b: Any) -> Fidelity:
-    """All of it for two clips. ``a`` and ``b`` as for :func:`psnr`."""
+def ssim_variant(border: str = "valid") -> str:
+    """The SSIM convention in words."""
+    return f"Gaussian 11x11, sigma 1.5, {border} border, per RGB channel"
+
+
+def fidelity(a: Any, b: Any, border: str = "valid") -> Fidelity:
+    """All of it for two clips. ``a`` and ``b`` as for :func:`psnr`, ``border`` as for :func:`ssim`."""
+    _check_border(border)
     pairs = _pairs(a, b)
     errors = [_mse(x, y) for x, y in pairs]
     frames = tuple(_decibel(e) for e in errors)
-    similar = tuple(_ssim(x, y) for x, y in pairs) if min(pairs[0][0].shape[:2]) >= _WINDOW else ()
+    large = min(pairs[0][0].shape[:2]) >= _WINDOW
+    similar = tuple(_ssim(x, y, border) for x, y in pairs) if large else ()
     return Fidelity(
         psnr=float(np.mean(frames)),
         psnr_global=_decibel(float(np.mean(errors))),
@@ -53,6 +66,7 @@ def fidelity(a: Any, b: Any) -> Fidelity:
         n_identical=sum(f >= CAP for f in frames),
         ssim=float(np.mean(similar)) if similar else None,
         ssim_frames=similar,
+        ssim_variant=ssim_variant(border),
     )
 
 
@@ -70,9 +84,18 @@ def psnr_global(a: Any, b: Any) -> float:
     return _decibel(float(np.mean([_mse(x, y) for x, y in _pairs(a, b)])))
 
 
-def ssim(a: Any, b: Any) -> float:
-    """Mean SSIM over frames and channels. a, b as for :func:`psnr`, height and width at least 11."""
-    return float(np.mean([_ssim(x, y) for x, y in _pairs(a, b)]))
+def ssim(a: Any, b: Any, border: str = "valid") -> float:
+    """Mean SSIM over frames and channels. a, b as for :func:`psnr`, height and width at least 11.
+
+    ``border``: one of ``BORDERS``, see the module. Figures of different conventions do not compare.
+    """
+    _check_border(border)
+    return float(np.mean([_ssim(x, y, border) for x, y in _pairs(a, b)]))
+
+
+def _check_border(border: str) -> None:
+    if border not in BORDERS:
+        raise UsageError(f"border convention {border!r} is unknown; choose one of {', '.join(BORDERS)}")
 
 
 def _mse(x: np.ndarray, y: np.ndarray) -> float:
@@ -83,7 +106,7 @@ def _decibel(mse: float) -> float:
     return CAP if mse <= 10 ** (-CAP / 10) else -10 * float(np.log10(mse))
 
 
-def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+def _ssim(x: np.ndarray, y: np.ndarray, border: str = "valid") -> float:
     """Mean over the SSIM map and channels of one (H, W, 3) pair."""
     if min(x.shape[:2]) < _WINDOW:
         raise UsageError(f"SSIM needs frames of at least {_WINDOW}x{_WINDOW}; got {x.shape[1]}x{x.shape[0]} (WxH)")
@@ -92,6 +115,8 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     line /= line.sum()
     a, b = (torch.from_numpy(z).permute(2, 0, 1)[:, None] for z in (x, y))
     maps = torch.cat([a, b, a * a, b * b, a * b])
+    if BORDERS[border]:
+        maps = pad(maps, (_WINDOW // 2,) * 4, mode=BORDERS[border])
     maps = conv2d(conv2d(maps, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
     mean_a, mean_b, aa, bb, ab = maps.chunk(5)
     c1, c2 = _K1**2, _K2**2
@@ -137,3 +162,9 @@ def _unit(frame: np.ndarray, name: str) -> np.ndarray:
             "Divide by its range, or give uint8"
         )
     return frame
+
+
+if __name__ == "__main__":
+    from ..cli import main
+
+    sys.exit(main(["eval", "fidelity", *sys.argv[1:]]))

@@ -1,6 +1,7 @@
 """The import arrows of the house, laziness, and that we never shadow another package."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def imports(module, path, *, top_only=False):
         for child in ast.iter_child_nodes(node):
             if top_only and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            # What type checkers read, and what runs when the file itself is the program.
+            if isinstance(child, ast.If) and re.search("TYPE_CHECKING|__main__", ast.dump(child.test)):
                 continue
             yield child
             yield from walk(child)

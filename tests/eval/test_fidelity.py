@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dit_accel.errors import UsageError
-from dit_accel.eval.fidelity import fidelity, psnr, psnr_global, ssim
+from dit_accel.eval.fidelity import BORDERS, fidelity, psnr, psnr_global, ssim
 
 
 def flat(value, frames=1, dtype=np.uint8, side=16):
@@ -70,10 +70,36 @@ def test_ssim_equals_a_direct_computation_window_by_window(noisy):
                 mp, mq = (window * p).sum(), (window * q).sum()
                 vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
                 cov = (window * (p - mp) * (q - mq)).sum()
-                values.append(
-                    (2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4))
-                )
+                values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
     assert ssim(noisy[0][0], noisy[1][0]) == pytest.approx(np.mean(values), abs=1e-10)
+
+
+@pytest.mark.parametrize(("border", "mode"), [("reflect", "reflect"), ("zero", "constant")])
+def test_padded_borders_are_the_valid_ssim_of_padded_frames(noisy, border, mode):
+    """Five pixels on every side, so that every pixel is the centre of a window."""
+    a, b = noisy
+    padded = [np.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode=mode) for x in (a, b)]
+    assert ssim(a, b, border) == pytest.approx(ssim(*padded), abs=1e-12)
+
+
+def test_border_conventions_differ_and_are_named(noisy):
+    found = {border: fidelity(*noisy, border) for border in BORDERS}
+    assert len({round(f.ssim, 6) for f in found.values()}) == 3
+    for border, one in found.items():
+        assert border in one.ssim_variant
+        assert one.ssim == pytest.approx(ssim(*noisy, border), abs=1e-12)
+    assert found["valid"].ssim == ssim(*noisy)
+    with pytest.raises(UsageError, match="border convention 'same' is unknown"):
+        ssim(*noisy, "same")
+
+
+def test_errors_at_the_border_count_by_convention():
+    """Without padding a pixel of the rim lies in few windows; zeros are alike in both clips and flatter."""
+    a = np.full((1, 24, 31, 3), 128, np.uint8)
+    b = a.copy()
+    b[:, 0], b[:, -1], b[:, :, 0], b[:, :, -1] = 0, 0, 0, 0
+    assert ssim(a, b, "reflect") < ssim(a, b)
+    assert ssim(a, b, "reflect") < ssim(a, b, "zero")
 
 
 def test_ssim_equals_scikit_image(noisy):
