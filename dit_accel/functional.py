@@ -9,13 +9,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
+from .kernels.quant.api import choose as choose_quantized
+from .kernels.quant.api import quantized_attention
 from .kernels.tileplan import TilePlan
 from .layout import Layout
 from .lowering import lower
 from .methods.base import Call, Method
+from .methods.testing import AllBlocks
 from .plans import Plan
+from .quant import Quant, resolve_quant
 from .state import State
 from .step import Step
+
+# What quantised attention without a method runs: every pair.
+WHOLE = AllBlocks(block_size=128)
 
 
 def attend(
@@ -32,7 +39,7 @@ def attend(
     step: Step | None = None,
     state: State | None = None,
     head_offset: int = 0,
-    quant: object | None = None,
+    quant: Quant | str | None = None,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
@@ -43,28 +50,32 @@ def attend(
     unless ``kv_layout`` is given). ``method=None`` without a ``plan`` is dense. ``kv_valid``: int32 (B,), keys
     from that index on are dead. ``scale=None`` takes the method's own, else D**-0.5. ``state`` lets a method
     keep what it found between calls and caches static plans; without it a stateful method searches afresh.
-    ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``.
+    ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``. ``quant``: a
+    :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
     Raises ``UsageError`` for tensors that do not fit the layout, ``UnsupportedError`` for what is not served.
     """
-    if quant is not None:
-        raise UnsupportedError(f"quantised attention is not part of this version; got quant={quant!r}, allowed: None")
     _check(q, k, layout, kv_layout, kv_valid)
+    quant = resolve_quant(quant, q.device)
     if method is None and plan is None:
-        return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+        if quant is None:
+            return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+        method = WHOLE
     if plan is None:
         call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
         plan = make_plan(q, k, v, method, call)
         if plan is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)
-    tiles = tiled(plan, q, backend=backend, return_lse=return_lse)
     if scale is None:
         scale = plan.scale if plan.scale is not None else plan.scale_factor * q.shape[-1] ** -0.5
+    tiles = tiled(plan, q, backend=backend, return_lse=return_lse, quant=quant)
+    how = {"scale": scale, "kv_valid": kv_valid, "backend": backend, "return_lse": return_lse}
     try:
-        out, lse = block_sparse_attention(
-            q, k, v, tiles, scale=scale, kv_valid=kv_valid, backend=backend, return_lse=return_lse
-        )
+        if quant is None:
+            out, lse = block_sparse_attention(q, k, v, tiles, **how)
+        else:
+            out, lse = quantized_attention(q, k, v, tiles, quant, **how)
     except NotImplementedError as error:
         raise UnsupportedError(str(error)) from error
     except ValueError as error:
@@ -116,19 +127,31 @@ def _static(method: Method, call: Call) -> Plan:
     return method.plan(None, None, None, call).to(call.device)
 
 
-def tiled(plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False) -> TilePlan:
+def tiled(
+    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, quant: Quant | None = None
+) -> TilePlan:
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
     own = lower(plan)
-    try:
-        tier, _ = choose(q, own, backend=backend, return_lse=return_lse)
-    except (NotImplementedError, ValueError) as error:
-        kind = UnsupportedError if isinstance(error, NotImplementedError) else UsageError
-        raise kind(str(error)) from error
+    tier, _ = tier_of(own, q, backend=backend, return_lse=return_lse, quant=quant)
     if tier != "triton":
         return own
     from .kernels.block_sparse.triton import tile_for
 
     return lower(plan, tile_for(own, q))
+
+
+def tier_of(
+    tiles: TilePlan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, quant: Quant | None = None
+) -> tuple[str, str]:
+    """The tier that will serve ``q``, and why it was chosen."""
+    try:
+        if quant is not None:
+            return choose_quantized(q, tiles, quant, backend=backend)
+        return choose(q, tiles, backend=backend, return_lse=return_lse)
+    except NotImplementedError as error:
+        raise UnsupportedError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _dense(q, k, v, kv_valid, scale, backend, return_lse):
@@ -138,12 +161,10 @@ def _dense(q, k, v, kv_valid, scale, backend, return_lse):
             mask = (torch.arange(k.shape[2], device=k.device) < kv_valid.to(k.device)[:, None])[:, None, None, :]
         gqa = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    from .methods.testing import AllBlocks
-
     layout, kv_layout = (Layout(grid=(1, 1, x.shape[2])) for x in (q, k))
     tier = backend if backend in ("reference", "triton") else "gather"
     return attend(
-        q, k, v, AllBlocks(block_size=128), layout=layout, kv_layout=kv_layout, kv_valid=kv_valid, scale=scale,
+        q, k, v, WHOLE, layout=layout, kv_layout=kv_layout, kv_valid=kv_valid, scale=scale,
         backend=tier, return_lse=return_lse,
     )  # fmt: skip
 

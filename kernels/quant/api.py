@@ -11,7 +11,10 @@ from . import capability, reference
 from .operands import prepare
 from .recipe import Recipe
 
-TIERS = {"auto": None, "reference": "quant-reference", "gather": "quant-reference", "triton": "quant-triton"}
+TIERS = {
+    "auto": None, "reference": "quant-reference", "gather": "quant-reference", "quant-reference": "quant-reference",
+    "triton": "quant-triton", "quant-triton": "quant-triton",
+}  # fmt: skip
 
 
 def quantized_attention(
@@ -30,13 +33,14 @@ def quantized_attention(
 
     Arguments, results and errors as :func:`~dit_accel.kernels.block_sparse.block_sparse_attention`. Tokens are
     quantised in plan order, so that groups hold tokens that the plan put together. The LSE is that of the keys as
-    given, smoothed or not. Representatives, the first-order term and row factors are not quantised.
+    given, smoothed or not. Representatives, the first-order term and row factors are not quantised. Forward only: the
+    output carries no gradient.
     """
     check(q, k, v, plan, kv_valid)
     if return_lse:
         check_lse(plan)
     choose(q, plan, recipe, backend=backend)
-    q, k, v, alive = in_plan_order(q, k, v, plan, kv_valid)
+    q, k, v, alive = in_plan_order(*(x.detach() for x in (q, k, v)), plan, kv_valid)
     live_q, live_k = _filled(plan.order, plan.tokens_q), _filled(plan.kv_order, plan.tokens_k)
     if alive is not None:
         live_k = alive if live_k is None else alive & live_k
@@ -52,14 +56,14 @@ def choose(q: Tensor, plan: TilePlan, recipe: Recipe, *, backend: str = "auto") 
     name (``"reference"``), and for a backend that cannot quantise.
     """
     if backend not in TIERS:
-        raise NotImplementedError(f"backend {backend!r} cannot quantise; choose one of {', '.join(TIERS)}, or no quant")
+        raise NotImplementedError(f"backend {backend!r} cannot quantise; choose auto, triton or reference, or no quant")
     if TIERS[backend] == "quant-reference":
         return "quant-reference", "asked for"
     gpu = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
     why = capability.refusal(recipe, gpu)
     if why is not None:
         raise NotImplementedError(f"{recipe} cannot run on {q.device}: {why}; or emulate it with backend='reference'")
-    if backend == "triton":
+    if TIERS[backend] == "quant-triton":
         raise NotImplementedError("backend 'triton' cannot quantise yet; use backend='auto'")
     return "quant-reference", f"q is on {q.device}"
 
