@@ -23,6 +23,8 @@ _NAMES = {
     "State": "state",
     "Schedule": "schedule",
     "Guard": "guard",
+    "Quant": "quant",
+    "quantize": "quant",
     "Plan": "plans",
     "recall": "drift",
     "Method": "methods",
@@ -41,6 +43,7 @@ _NAMES = {
     "ParoProcessor": "processors",
     "AdaSpaProcessor": "processors",
     "VMoBAProcessor": "processors",
+    "QuantProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
     "set_attn_processor": "diffusers",
@@ -83,10 +86,12 @@ if TYPE_CHECKING:
         GNAProcessor,
         ParoProcessor,
         Processor,
+        QuantProcessor,
         RadialProcessor,
         RandomBlocksProcessor,
         VMoBAProcessor,
     )
+    from .quant import Quant, quantize
     from .schedule import Schedule
     from .state import State
     from .step import Step

@@ -10,6 +10,7 @@ from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
 from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks, VMoBA
+from .quant import Quant, parse_quant
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -18,6 +19,7 @@ ON_UNSUPPORTED = ("dense", "error")
 class Processor:
     """A method, its schedule, guard and backend. Give it to ``set_attn_processor`` of a pipeline or a transformer.
 
+    ``method``: None is dense. ``quant``: quantised compute, a :class:`Quant`, a preset's name or ``"auto"``.
     ``schedule``: which steps and layers stay dense, None for the method's own default. ``guard``: run-time checks.
     ``backend``: ``"auto"`` or one tier by name. ``on_unsupported``: what an attention call that the engine does not
     understand does, ``"dense"`` (run stock, counted and warned once) or ``"error"``. A processor holds settings only:
@@ -28,7 +30,7 @@ class Processor:
         self,
         method: Method | None,
         *,
-        quant: object | None = None,
+        quant: Quant | str | None = None,
         schedule: Schedule | None = None,
         guard: Guard | None = None,
         backend: str = "auto",
@@ -38,10 +40,8 @@ class Processor:
             raise UsageError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if on_unsupported not in ON_UNSUPPORTED:
             raise UsageError(f"on_unsupported {on_unsupported!r} is unknown; choose 'dense' or 'error'")
-        if quant is not None:
-            raise UsageError(f"quantised attention is not part of this version; got quant={quant!r}, allowed: None")
         self.method = method
-        self.quant = quant
+        self.quant = parse_quant(quant)
         own = Schedule() if method is None else method.default_schedule()
         self.schedule = schedule if schedule is not None else own
         self.guard = guard if guard is not None else Guard()
@@ -63,6 +63,7 @@ class Processor:
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method.to_dict() if self.method else None,
+            "quant": self.quant.to_dict() if isinstance(self.quant, Quant) else self.quant,
             "schedule": self.schedule.to_dict(),
             "guard": {"nonfinite": self.guard.nonfinite},
             "backend": self.backend,
@@ -73,10 +74,11 @@ class Processor:
         return isinstance(other, Processor) and type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((type(self), self.method, self.schedule, self.guard, self.backend, self.on_unsupported))
+        return hash((type(self), self.method, self.quant, self.schedule, self.guard, self.backend, self.on_unsupported))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.method}, {self.schedule}, backend={self.backend!r})"
+        quant = f"{self.quant}, " if self.quant else ""
+        return f"{type(self).__name__}({self.method}, {quant}{self.schedule}, backend={self.backend!r})"
 
 
 class _MethodProcessor(Processor):
@@ -156,6 +158,15 @@ class VMoBAProcessor(_MethodProcessor):
     """VMoBA: each query takes the chunks of the video whose mean key is most like it. A method for training."""
 
     method_class = VMoBA
+
+
+class QuantProcessor(Processor):
+    """Dense attention with quantised products: every pair, no method, and every step unless ``schedule`` says so."""
+
+    def __init__(self, quant: Quant | str = "auto", **settings: Any):
+        if quant is None:
+            raise UsageError("QuantProcessor needs a quant; give a dit_accel.Quant, a preset's name or 'auto'")
+        super().__init__(None, quant=quant, **{"schedule": Schedule.none(), **settings})
 
 
 class AllBlocksProcessor(_MethodProcessor):
