@@ -88,6 +88,11 @@ class Method:
         """Which steps and layers stay dense where the user names none."""
         return Schedule()
 
+    @classmethod
+    def preset_schedule(cls, name: str) -> Schedule | None:
+        """The dense steps and layers that the preset ``name`` was published with, or None where it states none."""
+        return None
+
     def dense_steps(self, total: int) -> list[int]:
         """Steps of a run of ``total`` on which the method itself is dense (:meth:`plan` gives None)."""
         return []
