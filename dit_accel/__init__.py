@@ -32,6 +32,7 @@ _NAMES = {
     "GNA": "methods",
     "Clear": "methods",
     "Paro": "methods",
+    "Pisa": "methods",
     "AdaSpa": "methods",
     "VMoBA": "methods",
     "AllBlocks": "methods",
@@ -41,6 +42,7 @@ _NAMES = {
     "GNAProcessor": "processors",
     "ClearProcessor": "processors",
     "ParoProcessor": "processors",
+    "PisaProcessor": "processors",
     "AdaSpaProcessor": "processors",
     "VMoBAProcessor": "processors",
     "QuantProcessor": "processors",
@@ -77,7 +79,7 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks, VMoBA
+    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, VMoBA
     from .plans import Plan
     from .processors import (
         AdaSpaProcessor,
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
         ClearProcessor,
         GNAProcessor,
         ParoProcessor,
+        PisaProcessor,
         Processor,
         QuantProcessor,
         RadialProcessor,

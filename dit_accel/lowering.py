@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,11 @@ def tile_of(blocks: Blocks) -> int:
 
 
 def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
-    holes = plan.predicate is None  # whose tables are indexed by slots
-    q_axis, k_axis = (_Axis.of(b, t, holes) for b, t in ((plan.q_blocks, tile_q), (plan.k_blocks, tile_k)))
+    # A predicate's tables are indexed by slots. Representatives leave query tiles no choice but holes.
+    most = 2 if plan.predicate is None else 0
+    most_q = most if _plain(plan) or not most else math.inf
+    axes = (plan.q_blocks, tile_q, most_q), (plan.k_blocks, tile_k, most)
+    q_axis, k_axis = (_Axis.of(*axis) for axis in axes)
     q_axis, k_axis = q_axis.to(plan.device), k_axis.to(plan.device)
     order, kv_order = plan._orders()
     common = {
@@ -65,7 +69,9 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
         gate = None
     else:
         full, part = torch.broadcast_tensors(full, torch.zeros_like(full) if part is None else part)
-        gate = Gate((full * 2 + part).to(torch.uint8), q_axis.block, k_axis.block)
+        # Holes have no block of their own: the predicate must get to test what a gate would show whole.
+        shown = 2 if k_axis.dead is None else 1
+        gate = Gate(full.to(torch.uint8) * shown + part, q_axis.block, k_axis.block)
         seen = k_axis.count(q_axis.count(full | part, -2) > 0, -1) > 0
         full = k_axis.whole(q_axis.whole(full, -2), -1)
         part = seen & ~full
@@ -81,7 +87,7 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
 
 def _beside(plan: Plan, axis: _Axis) -> dict:
     """What a plan holds per query block besides its lists, per query tile."""
-    plain = not plan.reps and plan.first_order is None and plan.row_scale is None
+    plain = _plain(plan)
     if not plain and not axis.aligned:
         raise UnsupportedError(
             f"a query tile would straddle blocks that see different representatives; choose a tile that divides the "
@@ -96,12 +102,17 @@ def _beside(plan: Plan, axis: _Axis) -> dict:
     return {**picked, "first_order": plan.first_order}
 
 
+def _plain(plan: Plan) -> bool:
+    """Whether a plan holds nothing per query block besides its lists."""
+    return not plan.reps and plan.first_order is None and plan.row_scale is None
+
+
 @dataclass(frozen=True, eq=False)
 class _Axis:
     """One axis of a plan in tiles: tile i overlaps blocks ``first[i] .. last[i]``; ``block`` is that of each slot.
 
     ``aligned``: no tile overlaps two blocks. ``slot``: the plan's slot of each padded slot, -1 for holes, or None where
-    nothing is padded.
+    nothing is padded. ``run``: how many blocks a tile holds where every block is one slot, else 0.
     """
 
     slots: int
@@ -110,11 +121,13 @@ class _Axis:
     block: Tensor
     slot: Tensor | None
     trivial: bool
+    run: int = 0
 
     @classmethod
-    def of(cls, blocks: Blocks, tile: int, holes: bool) -> _Axis:
+    def of(cls, blocks: Blocks, tile: int, most: float) -> _Axis:
+        """``most``: ragged blocks are padded where that gives at most this many slots per token."""
         sizes, size = blocks.sizes, blocks.size
-        if holes and size is None and int((-(-sizes // tile) * tile).sum()) <= 2 * blocks.n:
+        if size is None and int((-(-sizes // tile) * tile).sum()) <= most * blocks.n:
             tiles = -(-sizes // tile)
             owner = torch.repeat_interleave(torch.arange(blocks.count), tiles)
             place = torch.arange(len(owner) * tile)
@@ -126,7 +139,7 @@ class _Axis:
         owner = blocks.owner()
         starts = torch.arange(0, blocks.n, tile)
         first, last = owner[starts], owner[(starts + tile - 1).clamp_max(blocks.n - 1)]
-        return cls(blocks.n, first, last, owner.int(), None, size == tile)
+        return cls(blocks.n, first, last, owner.int(), None, size == tile, tile if size == 1 else 0)
 
     @property
     def aligned(self) -> bool:
@@ -147,6 +160,8 @@ class _Axis:
 
     def count(self, mask: Tensor, dim: int) -> Tensor:
         """int32: over the blocks that each tile overlaps, how many are set along ``dim``."""
+        if self.run:
+            return _count_runs(mask, dim, self.run)
         total = mask.cumsum(dim, dtype=torch.int32).movedim(dim, 0)
         before = torch.cat([torch.zeros_like(total[:1]), total])
         return (before[self.last + 1] - before[self.first]).movedim(0, dim)
@@ -159,4 +174,18 @@ class _Axis:
     def to(self, device: torch.device) -> _Axis:
         slot = None if self.slot is None else self.slot.to(device)
         first, last, block = (x.to(device) for x in (self.first, self.last, self.block))
-        return _Axis(self.slots, first, last, block, slot, self.trivial)
+        return _Axis(self.slots, first, last, block, slot, self.trivial, self.run)
+
+
+def _count_runs(mask: Tensor, dim: int, run: int) -> Tensor:
+    """int32: how many are set in each ``run`` along ``dim`` (negative), the last of which may be shorter.
+
+    A running count over single tokens would take eight bytes for each of the mask's.
+    """
+    size = mask.shape[dim]
+    whole = size - size % run
+    counts = mask.narrow(dim, 0, whole).unflatten(dim, (-1, run)).sum(dim, dtype=torch.int32)
+    if whole == size:
+        return counts
+    rest = mask.narrow(dim, whole, size - whole).sum(dim, keepdim=True, dtype=torch.int32)
+    return torch.cat([counts, rest], dim)

@@ -28,8 +28,9 @@ class Plan:
     and head sizes 1 where the plan is shared.
 
     ``reps``: groups of representatives, seen per query block. ``first_order``: float32 (B, Hk or H, D, Dv); adds
-    scale x p x (q @ first_order) with p the mass on representatives (PISA). ``row_scale`` float32 (B, H, nq) and
-    ``row_add`` float32 (B, H, nq, Dv), together or not at all: applied after the softmax (Rectified SpaAttn).
+    scale x p x (q @ first_order) with p the mass on representatives (PISA); (B, Hk or H, R, D, Dv) has a matrix for
+    each of them and is for tests, served by the reference tier alone. ``row_scale`` float32 (B, H, nq) and ``row_add``
+    float32 (B, H, nq, Dv), together or not at all: applied after the softmax (Rectified SpaAttn).
     """
 
     layout: Layout

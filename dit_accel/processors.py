@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Radial, RandomBlocks, VMoBA
+from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, VMoBA
 from .quant import Quant, parse_quant
 from .schedule import Schedule
 
@@ -100,12 +100,16 @@ class _MethodProcessor(Processor):
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> _MethodProcessor:
-        """A published configuration of the method by name, with single settings replaced by ``settings``."""
+        """A published configuration of the method by name, with single settings replaced by ``settings``.
+
+        Where it was published with a schedule of its own, that is the schedule.
+        """
         make = getattr(cls.method_class, "preset", None)
         if make is None:
             raise UsageError(f"{cls.method_class.__name__} has no presets; got {name!r}. Give its parameters instead")
         common = {key: settings.pop(key) for key in _COMMON & settings.keys()}
         method = make(name, **settings)
+        common.setdefault("schedule", cls.method_class.preset_schedule(name))
         return cls(**{f.name: getattr(method, f.name) for f in fields(method)}, **common)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -160,6 +164,12 @@ class VMoBAProcessor(_MethodProcessor):
     method_class = VMoBA
 
 
+class PisaProcessor(_MethodProcessor):
+    """PISA: important blocks exactly, all others by their means. Images and video."""
+
+    method_class = Pisa
+
+
 class QuantProcessor(Processor):
     """Dense attention with quantised products: every pair, no method, and every step unless ``schedule`` says so."""
 
@@ -190,6 +200,7 @@ PROCESSORS: dict[str, type[_MethodProcessor]] = {
         ParoProcessor,
         AdaSpaProcessor,
         VMoBAProcessor,
+        PisaProcessor,
         AllBlocksProcessor,
         RandomBlocksProcessor,
     )

@@ -25,8 +25,9 @@ class TilePlan:
     the caller where holes make them fewer than the slots, else None.
 
     ``reps``: representatives seen beside the exact keys. ``first_order``: float32 (B, Hk or H, D, Dv); adds scale x p x
-    (q @ first_order), p the share of a query's mass on representatives. ``row_scale``: float32 (B, H, tiles_q), and
-    ``row_add``: float32 (B, H, tiles_q, Dv), applied to the output of each query tile.
+    (q @ first_order), p the share of a query's mass on representatives; or, for the reference tier alone, (B, Hk or H,
+    R, D, Dv), a matrix for the share of each representative. ``row_scale``: float32 (B, H, tiles_q), and ``row_add``:
+    float32 (B, H, tiles_q, Dv), applied to the output of each query tile.
 
     ``_memo``: what a tier derived from the tables, kept as long as the plan.
     """
@@ -71,6 +72,11 @@ class TilePlan:
     def plain(self) -> bool:
         """Whether the output is a softmax over the caller's keys and nothing else."""
         return not self.reps and self.first_order is None and self.row_scale is None and self.row_add is None
+
+    @property
+    def first_order_each(self) -> bool:
+        """Whether each representative has a first-order matrix of its own."""
+        return self.first_order is not None and self.first_order.ndim == 5
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from .base import REGISTRY, Call, Method, ModelFacts, find
 from .clear import Clear
 from .gna import GNA
 from .paro import Paro
+from .pisa import Pisa
 from .radial import Radial
 from .testing import AllBlocks, RandomBlocks
 from .vmoba import VMoBA
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "ModelFacts",
     "Paro",
+    "Pisa",
     "Radial",
     "RandomBlocks",
     "VMoBA",

@@ -33,8 +33,12 @@ def attention(
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = weights @ values
     if plan.first_order is not None:
-        mass = weights[..., plan.n_k :].sum(-1, keepdim=True)
-        out = out + scale * mass * (query @ _heads(plan.first_order, heads).to(dtype))
+        first_order, mass = _heads(plan.first_order, heads).to(dtype), weights[..., plan.n_k :]
+        if plan.first_order_each:
+            for r in range(mass.shape[-1]):
+                out = out + scale * mass[..., r, None] * (query @ first_order[:, :, r])
+        else:
+            out = out + scale * mass.sum(-1, keepdim=True) * (query @ first_order)
     if plan.row_scale is not None:
         factor, shift = (_by_row(x.to(dtype), plan) for x in (plan.row_scale[..., None], plan.row_add))
         out = out * factor + shift
