@@ -35,6 +35,7 @@ _NAMES = {
     "Pisa": "methods",
     "AdaSpa": "methods",
     "VMoBA": "methods",
+    "Rectified": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
@@ -45,6 +46,7 @@ _NAMES = {
     "PisaProcessor": "processors",
     "AdaSpaProcessor": "processors",
     "VMoBAProcessor": "processors",
+    "RectifiedProcessor": "processors",
     "QuantProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
@@ -79,7 +81,7 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, VMoBA
+    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, Rectified, VMoBA
     from .plans import Plan
     from .processors import (
         AdaSpaProcessor,
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
         QuantProcessor,
         RadialProcessor,
         RandomBlocksProcessor,
+        RectifiedProcessor,
         VMoBAProcessor,
     )
     from .quant import Quant, quantize

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, VMoBA
+from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, Rectified, VMoBA
 from .quant import Quant, parse_quant
 from .schedule import Schedule
 
@@ -170,6 +170,12 @@ class PisaProcessor(_MethodProcessor):
     method_class = Pisa
 
 
+class RectifiedProcessor(_MethodProcessor):
+    """Rectified SpaAttn: block-sparse attention corrected by pooled attention. Images and video."""
+
+    method_class = Rectified
+
+
 class QuantProcessor(Processor):
     """Dense attention with quantised products: every pair, no method, and every step unless ``schedule`` says so."""
 
@@ -201,6 +207,7 @@ PROCESSORS: dict[str, type[_MethodProcessor]] = {
         AdaSpaProcessor,
         VMoBAProcessor,
         PisaProcessor,
+        RectifiedProcessor,
         AllBlocksProcessor,
         RandomBlocksProcessor,
     )

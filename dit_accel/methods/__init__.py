@@ -7,6 +7,7 @@ from .gna import GNA
 from .paro import Paro
 from .pisa import Pisa
 from .radial import Radial
+from .rectified import Rectified
 from .testing import AllBlocks, RandomBlocks
 from .vmoba import VMoBA
 
@@ -23,6 +24,7 @@ __all__ = [
     "Pisa",
     "Radial",
     "RandomBlocks",
+    "Rectified",
     "VMoBA",
     "find",
 ]
