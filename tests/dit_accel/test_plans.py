@@ -87,6 +87,30 @@ def test_lowering_to_any_tile_shows_exactly_the_plan(pair, tile):
     assert made.density_video == pytest.approx(seen[..., main, main].float().mean().item(), rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(20, 90),
+    single=st.booleans(),
+    cuts=st.sets(st.integers(1, 19), max_size=4),
+    tile=st.sampled_from([None, (4, 4), (16, 8), (7, 5), (64, 64)]),
+    seed=st.integers(0, 9),
+)
+def test_ragged_blocks_with_and_without_holes_show_exactly_the_plan(n, single, cuts, tile, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k_blocks = Blocks(torch.tensor([0, *sorted(cuts), n]))
+    q_blocks = Blocks.uniform(n, 1) if single else k_blocks
+    mask = torch.rand((2, 2, q_blocks.count, k_blocks.count), generator=generator) < 0.5
+    order = torch.randperm(n, generator=generator)
+    plan = Plan(Layout((1, 1, n)), q_blocks, k_blocks, BlockList.from_mask(mask), order=order)
+    tiles = lower(plan, tile)
+    seen, live_q = tiles.token_mask(), tiles.order >= 0
+    live_k = live_q if tiles.kv_order is None else tiles.kv_order >= 0
+    assert not seen[..., ~live_k].any()
+    assert torch.equal(seen[..., live_q, :][..., live_k], mask[:, :, q_blocks.owner()][..., k_blocks.owner()])
+    if tiles.partial is not None:
+        assert not (tiles.full.mask(tiles.tiles_k) & tiles.partial.mask(tiles.tiles_k)).any()
+
+
 def test_lists_never_hold_a_tile_twice():
     layout = Layout((3, 5, 7))
     blocks = Blocks(torch.tensor([0, 13, 50, 105]))
