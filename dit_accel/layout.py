@@ -88,6 +88,12 @@ class Layout:
         """Text tokens, all segments together."""
         return sum(s.tokens for s in self.segments if s.kind == "text")
 
+    def with_text(self, tokens: int) -> Layout:
+        """The same layout with ``tokens`` in its last text segment; none of them leaves the segment out."""
+        at = max(i for i, s in enumerate(self.segments) if s.kind == "text")
+        text = [Segment("text", tokens)] if tokens else []
+        return Layout(segments=[*self.segments[:at], *text, *self.segments[at + 1 :]])
+
     def __str__(self) -> str:
         parts = []
         for s in self.segments:

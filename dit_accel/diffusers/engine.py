@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..functional import attend, make_plan, tiled
+from ..functional import WHOLE, attend, make_plan, tier_of, tiled
 from ..guard import Flags
-from ..kernels.block_sparse import choose
 from ..layout import Layout
 from ..methods import Call
 from ..processors import Processor
+from ..quant import resolve_quant
 from ..state import State
 from ..step import Step
 from . import ops
@@ -27,7 +27,7 @@ from .derive import adopt, derive, stock_of
 from .facts import facts_of
 from .families import Family
 from .hooks import Seat
-from .masks import Unreadable, kv_valid
+from .masks import Live, Unreadable, live_keys
 from .stats import Stats
 from .tracker import StepTracker
 
@@ -38,13 +38,21 @@ _UNSEEN = object()
 
 @dataclass
 class Forward:
-    """What is known of the forward under way. ``trial``: the guard repeats it and checks call by call."""
+    """What is known of the forward under way. ``trial``: the guard repeats it and checks call by call.
 
-    layout: Layout | None
+    ``layouts``: one, or one per kind of site; empty where the arguments do not tell.
+    """
+
+    layouts: tuple[Layout, ...]
     step: Step
     trial: bool = False
     checked: bool = False
-    masks: list[tuple[Tensor, Tensor | str | None]] = field(default_factory=list)
+    masks: list[tuple[Any, Layout, Live | str | None]] = field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of most sites, or None."""
+        return self.layouts[0] if self.layouts else None
 
 
 class _Unsupported(Exception):
@@ -80,14 +88,14 @@ class Engine:
         self.family = family
         self.processor = processor
         self.state = State()
-        self.tracker = StepTracker(scheduler, family.timestep_scale)
+        self.tracker = StepTracker(scheduler, family.timestep_scale, family.timestep_offset)
         self.stats = Stats([(name, "joint" if family.joint else "self") for name, _ in sites])
         self.forward: Forward | None = None
         self._model = weakref.ref(model)
         self._flags: Flags | None = None
         self._faulty: set[int] = set()
         self._layouts: set[Layout] = set()
-        self._read: deque[tuple[tuple[Any, ...], Layout | None]] = deque(maxlen=4)  # guidance branches alternate
+        self._read: deque[tuple[tuple[Any, ...], tuple[Layout, ...]]] = deque(maxlen=4)  # guidance branches alternate
         self._sites = [module for _, module in sites]
         self._adopted: list[tuple[nn.Module, Any]] = []
         self._seat: Seat | None = None
@@ -130,12 +138,12 @@ class Engine:
         if before is not None and before.checked:
             self._too_late(before)
         step = self.tracker.poll(timestep)
-        layout = self._layout(model, read)
+        layouts = self._layouts_of(model, read)
         if before is None or before.step.run != step.run:
             self.state.close_run(step.run - 1)
             self._faulty.clear()
             self._note_unknown_total(step)
-        self.forward = Forward(layout, step)
+        self.forward = Forward(layouts, step)
         self.stats.forwards += 1
 
     def finish(self, again: Callable[[], Any]) -> Any:
@@ -192,10 +200,14 @@ class Engine:
     def attend(self, layer: int, call: ops.Primitive) -> Tensor:
         """The result of one attention call at ``layer``, sparse or stock."""
         with self.stats.timed("attention", call.query.device):
+            layout = live = None
             try:
-                reason, valid = self._dense_reason(layer, call), None
+                reason = self._dense_reason(call)
                 if reason is None:
-                    valid = self._kv_valid(call)
+                    layout = self._understand(call)
+                    reason = self._dense_step(layer)
+                if reason is None:
+                    live = self._live_keys(call, layout)
             except _Unsupported as error:
                 if self.processor.on_unsupported == "error":
                     raise UnsupportedError(f"{self.stats.layers[layer].name}: {error}") from None
@@ -203,20 +215,21 @@ class Engine:
                 reason = error.reason
             if reason is not None:
                 return self._dense(layer, call, reason)
-            return self._sparse(layer, call, valid)
+            return self._sparse(layer, call, layout, live)
 
-    def _layout(self, model: nn.Module, read: tuple[Any, ...]) -> Layout | None:
-        """The family's layout, checked once against the method."""
-        for before, layout in self._read:
+    def _layouts_of(self, model: nn.Module, read: tuple[Any, ...]) -> tuple[Layout, ...]:
+        """The family's layouts, each checked once against the method."""
+        for before, layouts in self._read:
             if all(a is b for a, b in zip(before, read, strict=True)):
-                return layout
-        layout, method = self.family.layout(model.config, *read), self.processor.method
-        if layout is not None and method is not None and layout not in self._layouts:
-            method.check(layout)
-            self._layouts.add(layout)
+                return layouts
+        layouts, method = self.family.layouts(model.config, read), self.processor.method
+        for layout in layouts:
+            if method is not None and layout not in self._layouts:
+                method.check(layout)
+                self._layouts.add(layout)
         if self.family.by_value:
-            self._read.append((read, layout))
-        return layout
+            self._read.append((read, layouts))
+        return layouts
 
     def warn(self, message: str) -> None:
         """Log ``message`` and keep it in the stats, once."""
@@ -228,10 +241,14 @@ class Engine:
         self.stats.count_dense(layer, reason, _pairs(call))
         return call.dense()
 
-    def _sparse(self, layer: int, call: ops.Primitive, valid: Tensor | None) -> Tensor:
-        forward, method = self.forward, self.processor.method
+    def _sparse(self, layer: int, call: ops.Primitive, layout: Layout, live: Live | None) -> Tensor:
+        forward, method = self.forward, self.processor.method or WHOLE
         q, k, v = call.heads_first()
-        told = Call(forward.layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
+        valid, turn = (live.count, live.turn) if live else (None, 0)
+        if turn:
+            layout = live.layout
+            q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
+        told = Call(layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
         with self.stats.timed("planning", q.device):
             plan = make_plan(q, k, v, method, told)
         if plan is None:
@@ -239,12 +256,15 @@ class Engine:
         backend = self.processor.backend
         if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
             backend = "gather"  # the one fast tier with a backward
-        tier, why = choose(q, tiled(plan, q, backend=backend), backend=backend)
-        out = attend(q, k, v, plan=plan, layout=forward.layout, kv_valid=valid, scale=call.scale, backend=tier)
+        quant = resolve_quant(self.processor.quant, q.device)
+        tier, why = tier_of(tiled(plan, q, backend=backend, quant=quant), q, backend=backend, quant=quant)
+        out = attend(
+            q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=tier, quant=quant
+        )  # fmt: skip
         if self.processor.guard.active and not self._passes(layer, out, (q, k, v)):
             return self._dense(layer, call, "guard")
         self.stats.count_sparse(layer, plan, method.static, tier, why, _pairs(call))
-        return call.back(out)
+        return call.back(out.roll(turn, 2) if turn else out)
 
     def _passes(self, layer: int, out: Tensor, inputs: tuple[Tensor, ...]) -> bool:
         """Flags a fault on the device. In a repeat, says on the spot whether the output can be used."""
@@ -260,53 +280,71 @@ class Engine:
         self._blame(layer, forward.step)
         return False
 
-    def _dense_reason(self, layer: int, call: ops.Primitive) -> str | None:
-        """Why this call is dense, or None. Raises :class:`_Unsupported` for what is not understood."""
-        forward = self.forward
-        if self.processor.method is None:
+    def _dense_reason(self, call: ops.Primitive) -> str | None:
+        """Why this call is dense whatever its layer and step, or None."""
+        if self.processor.method is None and self.processor.quant is None:
             return "baseline"
-        if forward is None:
+        if self.forward is None:
             raise _Unsupported("outside", "attention was called outside a forward of the transformer")
-        tokens = 1 if call.form == "BSHD" else 2
-        queries, keys = call.query.shape[tokens], call.key.shape[tokens]
-        if queries != keys:
-            return "cross"
-        self._understand(call, queries)
-        if self.processor.schedule.is_dense(forward.step, layer):
+        queries, keys = _tokens(call)
+        return None if queries == keys else "cross"
+
+    def _dense_step(self, layer: int) -> str | None:
+        """Why this layer is dense at this step, or None."""
+        if self.processor.schedule.is_dense(self.forward.step, layer):
             return "schedule"
         return "guard" if layer in self._faulty else None
 
-    def _understand(self, call: ops.Primitive, tokens: int) -> None:
+    def _understand(self, call: ops.Primitive) -> Layout:
+        """The layout of the call's tokens. Raises :class:`_Unsupported` for what is not understood."""
         forward, name = self.forward, self.family.name
         if call.extra.get("parallel_config") is not None:
             raise _Unsupported("context-parallel", "context parallelism is not served by sparse attention yet")
         if call.is_causal or call.dropout_p:
             what = "causal attention" if call.is_causal else f"attention dropout {call.dropout_p}"
             raise _Unsupported("causal" if call.is_causal else "dropout", f"{what} is not served")
-        layout = forward.layout
-        if layout is None:
+        if not forward.layouts:
             raise _Unsupported("layout", f"family {name!r} cannot tell the token grid from these arguments of forward")
-        if tokens != layout.tokens:
-            found = f"family {name!r} expected {layout.tokens} tokens ({layout}); the call has {tokens}"
-            raise _Unsupported("layout", found)
+        tokens, _ = _tokens(call)
+        layout = next((layout for layout in forward.layouts if layout.tokens == tokens), None)
+        left = tokens - forward.layout.tokens + forward.layout.text
+        if layout is None and self.family.cuts_text and 0 <= left <= forward.layout.text:
+            layout = forward.layout.with_text(left)
+        if layout is None:
+            expected = " or ".join(f"{layout.tokens} tokens ({layout})" for layout in forward.layouts)
+            raise _Unsupported("layout", f"family {name!r} expected {expected}; the call has {tokens}")
+        if self.processor.quant is not None and torch.is_grad_enabled() and call.query.requires_grad:
+            raise _Unsupported("training", "quantised attention has no backward; train without quant")
         if self.processor.backend in ("flex", "triton") and torch.is_grad_enabled() and call.query.requires_grad:
             raise _Unsupported("training", f"backend {self.processor.backend!r} has no backward; 'gather' has one")
+        return layout
 
-    def _kv_valid(self, call: ops.Primitive) -> Tensor | None:
-        """The call's mask as live key counts; looked into once per mask and forward."""
+    def _live_keys(self, call: ops.Primitive, layout: Layout) -> Live | None:
+        """The call's mask as live keys; looked into once per mask and forward."""
         mask = call.attn_mask
         if mask is None:
             return None
-        known = next((result for seen, result in self.forward.masks if seen is mask), _UNSEEN)
+        known = next((result for *seen, result in self.forward.masks if self._same_mask(mask, layout, *seen)), _UNSEEN)
         if known is _UNSEEN:
-            try:
-                known = kv_valid(mask, call.query.shape[0], self.forward.layout.tokens)
-            except Unreadable as error:
-                known = str(error)
-            self.forward.masks.append((mask, known))
+            known = self._read_mask(mask, call.query.shape[0], layout)
+            self.forward.masks.append((mask, layout, known))
         if isinstance(known, str):
             raise _Unsupported("mask", known)
         return known
+
+    def _read_mask(self, mask: Any, batch: int, layout: Layout) -> Live | str | None:
+        try:
+            live = live_keys(mask, batch, layout)
+        except Unreadable as error:
+            return str(error)
+        if live is not None and self.family.cuts_text and layout.segments[0].kind == "text":
+            return "texts of different lengths in one batch: the grid begins at another token in each sample"
+        return live
+
+    def _same_mask(self, mask: Any, layout: Layout, seen: Any, seen_layout: Layout) -> bool:
+        if layout != seen_layout:
+            return False
+        return mask is seen or (self.family.same_mask and mask.shape == seen.shape)
 
     def _note_unknown_total(self, step: Step) -> None:
         schedule, method = self.processor.schedule, self.processor.method
@@ -322,8 +360,13 @@ class Engine:
 
 def _pairs(call: ops.Primitive) -> int:
     """Query-key pairs of the call, over batch and heads."""
-    tokens = 1 if call.form == "BSHD" else 2
-    return call.query.shape[:-1].numel() * call.key.shape[tokens]
+    return call.query.shape[:-1].numel() * _tokens(call)[1]
+
+
+def _tokens(call: ops.Primitive) -> tuple[int, int]:
+    """Query and key tokens of the call."""
+    axis = 1 if call.form == "BSHD" else 2
+    return call.query.shape[axis], call.key.shape[axis]
 
 
 def _finite(x: Tensor) -> bool:

@@ -21,13 +21,14 @@ _BATCHED = "cond_uncond"
 class StepTracker:
     """Polled once per transformer forward.
 
-    ``scheduler``: returns the pipeline's current scheduler or None. ``scale``: factor from the transformer's
-    timestep argument to the scheduler's timesteps.
+    ``scheduler``: returns the pipeline's current scheduler or None. ``offset + scale * timestep`` is one of the
+    scheduler's timesteps, where ``timestep`` is the transformer's argument.
     """
 
-    def __init__(self, scheduler: Callable[[], Any] = lambda: None, scale: float = 1.0):
+    def __init__(self, scheduler: Callable[[], Any] = lambda: None, scale: float = 1.0, offset: float = 0.0):
         self._scheduler = scheduler
         self._scale = scale
+        self._offset = offset
         self._context: dict[str, Any] = {}
         self._timesteps: Any = None
         self._values: list[float] = []
@@ -80,7 +81,7 @@ class StepTracker:
             if index is None:
                 index = getattr(scheduler, "begin_index", None) or 0
         else:
-            value = _number(timestep) * self._scale
+            value = self._offset + self._scale * _number(timestep)
             index = min(range(len(self._values)), key=lambda i: abs(self._values[i] - value))
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None

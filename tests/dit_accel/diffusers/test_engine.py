@@ -23,13 +23,13 @@ def poison(monkeypatch, layers, calls=None, times=10**9):
     """The sparse kernel answers NaN at ``layers``, for the first ``times`` calls there."""
     stock, left = engine_module.Engine._sparse, [times]
 
-    def sparse(self, layer, call, valid):
+    def sparse(self, layer, call, *rest):
         with monkeypatch.context() as patch:
             if layer in layers and left[0] > 0:
                 left[0] -= 1
                 attend = engine_module.attend
                 patch.setattr(engine_module, "attend", lambda *a, **k: attend(*a, **k).fill_(torch.nan))
-            return stock(self, layer, call, valid)
+            return stock(self, layer, call, *rest)
 
     monkeypatch.setattr(engine_module.Engine, "_sparse", sparse)
 
