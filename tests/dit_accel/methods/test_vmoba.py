@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from dit_accel.processors import VMoBAProcessor
 from dit_accel.state import State
 
 CHUNKS = (0.75, (2, 3), (2, 2, 4))
-VIDEO = Layout((5, 4, 6))
-WITH_TEXT = Layout((5, 4, 6), text=7, text_first=True)
-CPU = torch.device("cpu")
+VIDEO = Layout((3, 4, 5))
+WITH_TEXT = Layout((3, 4, 5), text=7, text_first=True)
+TEXT_LAST = Layout((3, 4, 5), text=7)
 TAUS = (0, 0.1, 0.25, 0.5, 0.9, 1)
 
 
-def tensors(layout, heads=4, kv_heads=None, batch=2, dim=8, seed=0, dtype=torch.float32):
+def tensors(layout, heads=2, kv_heads=None, batch=2, dim=8, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     shapes = [(batch, h, layout.tokens, dim) for h in (heads, kv_heads or heads, kv_heads or heads)]
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -47,34 +48,34 @@ def owners(layout, chunk):
 
 def choose(gate, own, select, scope, k, tau, live=None):
     """The definition, by full sorts over lists. gate (H, S, C) of one sample, own (S,), live bool (S, C)."""
-    heads, queries, chunks = gate.shape
-    entries = [(h, s, c) for h in range(heads) for s in range(queries) for c in range(chunks)]
-    entries = [e for e in entries if live is None or live[e[1], e[2]]]
+    own = own.tolist()
     group = {
         "query_head": lambda h, s, c: (h, s), "block": lambda h, s, c: c,
         "overall": lambda h, s, c: 0, "head_global": lambda h, s, c: h,
     }[scope]  # fmt: skip
+    groups = {}
+    for h, rows in enumerate(gate.tolist()):
+        for s, row in enumerate(rows):
+            for c, value in enumerate(row):
+                if live is None or live[s, c]:
+                    groups.setdefault(group(h, s, c), []).append((value, own[s] == c, (h, s, c)))
     mask = torch.zeros(gate.shape, dtype=torch.bool)
-    for name in {group(*e) for e in entries}:
-        members = [e for e in entries if group(*e) == name]
-        mine = [e for e in members if own[e[1]] == e[2]]
-        others = sorted((e for e in members if own[e[1]] != e[2]), key=lambda e: -gate[e].item())
+    for members in groups.values():
+        mine = [m for m in members if m[1]]
+        others = sorted((m for m in members if not m[1]), reverse=True)
         if select == "topk":
             others = others[: (k - 1) * len(mine)]
         elif tau < 1:
-            values = [gate[e].item() for e in members]
-            low, span = min(values), max(values) - min(values)
-            weight = {e: (gate[e].item() - low) / (span if span > 1e-6 else 1) for e in members}
-            total = sum(weight.values()) + 1e-6
-            held, taken = sum(weight[e] for e in mine), []
-            for e in others:
-                if held >= tau * total:
-                    break
-                held += weight[e]
-                taken.append(e)
-            others = taken
-        for e in mine + others:
-            mask[e] = True
+            low, high = min(members)[0], max(members)[0]
+            span = high - low if high - low > 1e-6 else 1
+            total = sum((m[0] - low) / span for m in members) + 1e-6
+            held, count = sum((m[0] - low) / span for m in mine), 0
+            while count < len(others) and held < tau * total:
+                held += (others[count][0] - low) / span
+                count += 1
+            others = others[:count]
+        for _, _, place in mine + others:
+            mask[place] = True
     return mask
 
 
@@ -112,7 +113,7 @@ def masked_softmax(q, k, v, mask, kv_valid=None):
 @pytest.mark.parametrize("scope", ["query_head", "block", "overall", "head_global"])
 @pytest.mark.parametrize("layout", [VIDEO, WITH_TEXT], ids=str)
 def test_threshold_masks_are_those_of_a_full_sort(layout, scope, layer):
-    q, k, v = tensors(layout, kv_heads=2)
+    q, k, v = tensors(layout, kv_heads=1)
     for tau in TAUS:
         method = VMoBA(CHUNKS, select="threshold", scope=scope, tau=tau)
         mask = make(q, k, v, method, layout=layout, layer=layer).token_mask()
@@ -123,7 +124,7 @@ def test_threshold_masks_are_those_of_a_full_sort(layout, scope, layer):
 @pytest.mark.parametrize("scope", ["query_head", "overall", "head_global"])
 @pytest.mark.parametrize("layout", [VIDEO, WITH_TEXT], ids=str)
 def test_topk_masks_are_those_of_a_full_sort(layout, scope, layer):
-    q, k, v = tensors(layout, kv_heads=2)
+    q, k, v = tensors(layout, kv_heads=1)
     for count in (1, 2, 0.4, (2, 3, 4)):
         method = VMoBA(CHUNKS, scope=scope, k=count)
         mask = make(q, k, v, method, layout=layout, layer=layer).token_mask()
@@ -136,7 +137,7 @@ def test_topk_masks_are_those_of_a_full_sort(layout, scope, layer):
 ], ids=lambda m: f"{m.select}-{m.scope}")  # fmt: skip
 def test_dead_keys_leave_means_budgets_and_totals(method):
     q, k, v = tensors(WITH_TEXT)
-    valid = torch.tensor([127, 68], dtype=torch.int32)
+    valid = torch.tensor([67, 38], dtype=torch.int32)
     for layer in range(3):
         mask = make(q, k, v, method, layout=WITH_TEXT, layer=layer, kv_valid=valid).token_mask()
         assert torch.equal(mask, expected_mask(method, q, k, WITH_TEXT, layer, valid))
@@ -146,29 +147,41 @@ def test_dead_keys_leave_means_budgets_and_totals(method):
 @pytest.mark.parametrize("scope", ["query_head", "block", "overall", "head_global"])
 def test_padding_changes_nothing(scope, granularity):
     q, k, v = tensors(WITH_TEXT)
-    valid = torch.tensor([127, 68], dtype=torch.int32)
+    valid = torch.tensor([67, 38], dtype=torch.int32)
     method = VMoBA(CHUNKS, select="threshold", scope=scope, granularity=granularity)
     other = [x.clone() for x in (q, k, v)]
     for x in other:
-        x[1, :, 68:] = torch.randn(x[1, :, 68:].shape, generator=torch.Generator().manual_seed(5)) * 9
+        x[1, :, 38:] = torch.randn(x[1, :, 38:].shape, generator=torch.Generator().manual_seed(5)) * 9
     for layer in range(3):
-        outs = [attend(*x, method, layout=WITH_TEXT, layer=layer, kv_valid=valid) for x in ((q, k, v), other)]
+        outs = [
+            attend(*x, method, layout=WITH_TEXT, layer=layer, kv_valid=valid, backend="gather")
+            for x in ((q, k, v), other)
+        ]
         torch.testing.assert_close(outs[0][0], outs[1][0])
-        torch.testing.assert_close(outs[0][1, :, :68], outs[1][1, :, :68])
+        torch.testing.assert_close(outs[0][1, :, :38], outs[1][1, :, :38])
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "gather"])
 @pytest.mark.parametrize("method", [
     VMoBA(CHUNKS, k=2), VMoBA(CHUNKS, select="threshold"), VMoBA(CHUNKS, scope="overall", k=0.3),
 ], ids=lambda m: f"{m.select}-{m.scope}")  # fmt: skip
-@pytest.mark.parametrize("layout", [VIDEO, Layout((5, 4, 6), text=7)], ids=str)
+@pytest.mark.parametrize("layout", [VIDEO, TEXT_LAST], ids=str)
 def test_output_is_the_masked_softmax(layout, method, backend):
-    q, k, v = tensors(layout, kv_heads=2, dim=16)
-    valid = None if layout is VIDEO else torch.tensor([127, 122], dtype=torch.int32)
+    q, k, v = tensors(layout, kv_heads=1, dim=16)
+    valid = None if layout is VIDEO else torch.tensor([67, 62], dtype=torch.int32)
     for layer in range(3):
         out = attend(q, k, v, method, layout=layout, layer=layer, kv_valid=valid, backend=backend)
         mask = expected_mask(method, q, k, layout, layer, valid)
         torch.testing.assert_close(out.double(), masked_softmax(q, k, v, mask, valid), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_the_compiled_tier_sees_the_same_plan(granularity):
+    q, k, v = tensors(WITH_TEXT, kv_heads=1, dim=16)
+    plan = make(q, k, v, VMoBA(CHUNKS, k=2, granularity=granularity), layout=WITH_TEXT, layer=1)
+    outs = [attend(q, k, v, plan=plan, layout=WITH_TEXT, backend=tier) for tier in ("flex", "reference")]
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outs[0].double(), masked_softmax(q, k, v, plan.token_mask()), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", [
@@ -197,14 +210,11 @@ def test_k_of_one_is_the_own_chunk_and_not_dense(scope):
 
 
 @pytest.mark.parametrize("method", [
-    VMoBA(CHUNKS, k=5, scope="head_global"), VMoBA(CHUNKS, k=2, scope="overall"),
+    VMoBA(CHUNKS, k=3, scope="head_global"), VMoBA(CHUNKS, k=2, scope="overall"),
     *(VMoBA(CHUNKS, select="threshold", scope=s, tau=0.5) for s in ("query_head", "block", "overall", "head_global")),
 ], ids=lambda m: f"{m.select}-{m.scope}")  # fmt: skip
 @pytest.mark.parametrize("granularity", ["token", "block"])
 def test_a_sample_does_not_depend_on_its_batch_mates(method, granularity):
-    method = VMoBA(**{**method.to_dict(), "granularity": granularity, "method": None} | {}) if False else method
-    from dataclasses import replace
-
     method = replace(method, granularity=granularity)
     q, k, v = tensors(VIDEO)
     q[1], k[1] = q[1] * 30, k[1] * 30
@@ -225,12 +235,12 @@ def test_a_share_that_own_chunks_hold_adds_nothing(scope):
     q, k, v = tensors(VIDEO)
     own = owners(VIDEO, CHUNKS[1])
     # Keys of a chunk agree with its queries and with no others', so own chunks hold more than 0.2 of any total.
-    q = k = torch.nn.functional.one_hot(own, 8)[None, None].float().expand(2, 4, -1, -1).contiguous()
+    q = k = torch.nn.functional.one_hot(own, 8)[None, None].float().expand(2, 2, -1, -1).contiguous()
     mask = make(q, k, v, VMoBA(CHUNKS, select="threshold", scope=scope, tau=0.2), layout=VIDEO, layer=1).token_mask()
     assert torch.equal(mask, (own[:, None] == own).expand_as(mask))
 
 
-@pytest.mark.parametrize("chunks", [(2, (3, 4), (3, 3, 5)), (0.3, (4, 4), (2, 3, 4))])
+@pytest.mark.parametrize("chunks", [(2, (3, 4), (2, 3, 4)), (0.3, (4, 2), (2, 3, 4))])
 def test_sizes_that_do_not_divide_the_grid_leave_smaller_chunks(chunks):
     q, k, v = tensors(VIDEO)
     for layer in range(3):
@@ -270,7 +280,7 @@ def test_own_chunk_is_always_seen_and_density_grows_with_tau():
 @pytest.mark.parametrize("select", ["topk", "threshold"])
 def test_blocks_choose_by_their_mean_query(layout, select):
     chunks = (2, (5, 9), (4, 10, 3))
-    q, k, v = tensors(layout, kv_heads=2)
+    q, k, v = tensors(layout, kv_heads=1)
     method = VMoBA(chunks, select=select, scope="head_global", k=2, tau=0.4, granularity="block")
     for layer in range(3):
         plan = make(q, k, v, method, layout=layout, layer=layer)
@@ -288,12 +298,13 @@ def test_blocks_choose_by_their_mean_query(layout, select):
         for b in range(2):
             expected = choose(gate[b], of_run, select, "head_global", 2, 0.4)
             assert torch.equal(plan.block_mask[b, :, : len(video), : means.shape[2]], expected)
-        outs = [attend(q, k, v, plan=plan, layout=layout, backend=x) for x in ("reference", "gather", "flex")]
+        outs = [attend(q, k, v, plan=plan, layout=layout, backend=x) for x in ("reference", "gather")]
         expected = masked_softmax(q, k, v, plan.token_mask())
         for out in outs:
             torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
-        text = plan.token_mask()
-        assert text[..., 360:].all() and text[..., 360:, :].all()
+        mask = plan.token_mask()
+        assert mask[..., 360:].all()
+        assert mask[..., 360:, :].all()
 
 
 # Parameters.
@@ -364,7 +375,7 @@ def test_unknown_presets_and_other_keys_are_refused():
         VMoBA.preset("wan")
     q, k, v = tensors(VIDEO)
     with pytest.raises(UnsupportedError, match="queries' layout"):
-        make(q, k[:, :, :60], v[:, :, :60], VMoBA(), layout=VIDEO, kv_layout=Layout((5, 4, 3)))
+        make(q, k[:, :, :30], v[:, :, :30], VMoBA(), layout=VIDEO, kv_layout=Layout((3, 2, 5)))
 
 
 def test_tables_of_a_partition_are_made_once(monkeypatch):
@@ -383,7 +394,7 @@ def test_tables_of_a_partition_are_made_once(monkeypatch):
 def test_heads_in_slices_give_the_same_plan(monkeypatch):
     from dit_accel.methods import vmoba
 
-    q, k, v = tensors(WITH_TEXT, kv_heads=2)
+    q, k, v = tensors(WITH_TEXT, kv_heads=1)
     methods = [VMoBA(CHUNKS, select="threshold", scope=s) for s in ("head_global", "block")]
     whole = [make(q, k, v, method, layout=WITH_TEXT).block_mask for method in methods]
     monkeypatch.setattr(vmoba, "AT_ONCE", 1)
