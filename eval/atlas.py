@@ -139,8 +139,8 @@ def panel(
     if density is not None:
         method = _with_density(method, density, layout)
     tensors = (None, None, None) if method.static else synthetic_tensors(layout, seed)
-    # The middle of a run: methods that search at its first steps and reuse later are shown as they search.
-    plan = make_plan(*tensors, method, layout=layout, step=Step(index=12, total=50))
+    # The end of a run: methods whose first steps are dense are past them, and search since they have not before.
+    plan = make_plan(*tensors, method, layout=layout, step=Step(index=49, total=50))
     t, h, w = at
     _, height, width = layout.grid
     token = layout.main.start + (t * height + h) * width + w

@@ -66,6 +66,7 @@ class AdaSpa(Method):
     Text and other tokens beside the main segment see and are seen by everything, as do blocks that hold some of them;
     the budget does not count them. A run of one step, and so a call without a step, has no later step to search for:
     it searches and runs sparse. A layer that missed its search searches when it is called next and runs sparse.
+    Guidance branches run apart have maps apart where the pipeline names them; unnamed ones share those found last.
 
     Raises ``UsageError`` for values that cannot be, and where a run is over before the first search.
     """
