@@ -10,7 +10,7 @@ from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
 from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, Rectified, VMoBA
-from .quant import Quant, parse_quant
+from .quant import Quant, parse_quant, quant_name
 from .schedule import Schedule
 
 ON_UNSUPPORTED = ("dense", "error")
@@ -55,9 +55,17 @@ class Processor:
             "after `import dit_accel`; both attach it to every self-attention layer."
         )
 
+    @property
+    def name(self) -> str:
+        """``"radial"``, ``"dense"``, ``"radial-sage2"``."""
+        parts = [self.method.name if self.method else "dense", quant_name(self.quant)]
+        return "-".join(part for part in parts if part)
+
     def dense_steps(self, total: int) -> list[int]:
         """Steps of a run of ``total`` on which every layer is dense, by the schedule or by the method."""
-        own = self.method.dense_steps(total) if self.method else range(total)
+        if self.method is None and self.quant is None:
+            return list(range(total))
+        own = self.method.dense_steps(total) if self.method else ()
         return sorted({*self.schedule.dense_steps(total), *own})
 
     def to_dict(self) -> dict[str, Any]:

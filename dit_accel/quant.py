@@ -123,6 +123,13 @@ def parse_quant(value: Quant | str | None) -> Quant | str | None:
     raise UsageError(f"quant {value!r} is unknown{hint} Give a dit_accel.Quant or one of {', '.join(names)}")
 
 
+def quant_name(value: Quant | str | None) -> str:
+    """The preset's name of a Quant, ``"quant"`` for one of its own, ``""`` for None."""
+    if value is None or value == AUTO:
+        return value or ""
+    return next((name for name, make in PRESETS.items() if make() == value), "quant")
+
+
 def resolve_quant(value: Quant | str | None, device: torch.device) -> Quant | None:
     """What runs on ``device``: ``"auto"`` becomes the preset that suits it.
 

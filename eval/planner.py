@@ -80,7 +80,7 @@ def answer(question: Question) -> dict[str, Any]:
         "notes": list(shot.choice.notes),
     }  # fmt: skip
     processor = shot.choice.processor
-    if processor is None:
+    if processor is None or processor.method is None:
         result["method"] = None
         return result | {"verdict": _dense_verdict(operations)}
     method, schedule = processor.method, processor.schedule

@@ -13,7 +13,7 @@ from ..functional import plan
 from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
-from ..processors import Processor
+from ..processors import Processor, QuantProcessor
 from ..schedule import Schedule
 from .model import ModelInfo
 
@@ -27,7 +27,8 @@ class Acceleration:
 
     ``density``: kept fraction in (0, 1]. ``dense_steps``: leading steps left dense, a count or a fraction.
     ``dense_layers``: leading layers left dense, a count or a set of layer indices. ``parameters``: the method's
-    own, by name. ``backend``: an execution tier or ``"auto"``.
+    own, by name. ``backend``: an execution tier or ``"auto"``. ``quant``: a preset of quantised products, by name, or
+    ``"auto"``; with ``"dense"`` too.
     """
 
     method: str | None = None
@@ -36,6 +37,7 @@ class Acceleration:
     dense_layers: int | frozenset[int] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
+    quant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        return self.processor.method.name if self.processor else DENSE
+        return self.processor.name if self.processor else DENSE
 
 
 def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frames: int, steps: int) -> Choice:
@@ -63,23 +65,29 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
     name, why = (accel.method, None) if accel.method else _default(info, frames)
     _check_steps(accel, steps)
-    if name.lower() == DENSE:
+    dense = name.lower() == DENSE
+    notes = []
+    if dense:
         _refuse_leftovers(accel, why)
-        return Choice(None, 1.0, (f"dense attention: {why}",) if why else ())
-    method, notes = _method(name, accel, info.defaults), []
-    if layout is not None:
-        method.check(layout)
-    elif frames < 2:
-        method.check(Layout(grid=(1, 1, 64)))
+        notes = [f"dense attention: {why}"] if why else []
+        if accel.quant is None:
+            return Choice(None, 1.0, tuple(notes))
+    method = None if dense else _method(name, accel, info.defaults)
+    if method is not None and (layout is not None or frames < 2):
+        method.check(layout or Layout(grid=(1, 1, 64)))
     if info.family is None:
         known = ", ".join(sorted(model for family in known_families() for model in family.models))
         raise UnsupportedError(
             f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
             f"register a row (dit_accel.diffusers.register_family). Known: {known}"
         )
-    method, density, miss = _with_density(method, accel.density, layout)
-    notes += miss
-    processor = Processor(method, schedule=_schedule(accel, method), backend=accel.backend)
+    if method is None:
+        processor, density = QuantProcessor(accel.quant, schedule=_schedule(accel, None), backend=accel.backend), 1.0
+    else:
+        method, density, miss = _with_density(method, accel.density, layout)
+        notes += miss
+        schedule = _schedule(accel, method)
+        processor = Processor(method, quant=accel.quant, schedule=schedule, backend=accel.backend)
     if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
     return Choice(processor, density, tuple(notes))
@@ -101,10 +109,10 @@ def _check_steps(accel: Acceleration, steps: int) -> None:
         raise UsageError(f"--dense-steps {first} is more than the {steps} steps of the run; give 0 to {steps}")
 
 
-def _schedule(accel: Acceleration, method: Method) -> Schedule:
+def _schedule(accel: Acceleration, method: Method | None) -> Schedule:
     given = {"first": accel.dense_steps, "layers": accel.dense_layers}
     given = {key: value for key, value in given.items() if value is not None}
-    return replace(method.default_schedule(), **given)
+    return replace(Schedule.none() if method is None else method.default_schedule(), **given)
 
 
 def _method(name: str, accel: Acceleration, defaults: dict[str, Any]) -> Method:
@@ -169,8 +177,8 @@ def _refuse_leftovers(accel: Acceleration, why: str | None) -> None:
         flag
         for flag, value in (
             ("--density", accel.density),
-            ("--dense-steps", accel.dense_steps),
-            ("--dense-layers", accel.dense_layers),
+            ("--dense-steps", accel.dense_steps if accel.quant is None else None),
+            ("--dense-layers", accel.dense_layers if accel.quant is None else None),
             ("--param", accel.parameters or None),
         )
         if value is not None

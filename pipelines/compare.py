@@ -32,7 +32,7 @@ def compare(
     Before that each side runs one step, the accelerated one without dense steps so that its kernels compile.
     """
     pair, fast = Pair(shot), shot.choice.processor
-    warm = Processor(fast.method, schedule=Schedule.none(), guard=fast.guard, backend=fast.backend)
+    warm = Processor(fast.method, quant=fast.quant, schedule=Schedule.none(), guard=fast.guard, backend=fast.backend)
     for name, processor in (("dense", Processor(None)), ("accelerated", warm)):
         if tell:
             tell("warm-up", {"side": name})

@@ -46,11 +46,13 @@ def attention_line(shot: Any) -> str:
     choice = shot.choice
     if choice.processor is None:
         return "dense"
-    own = {k: v for k, v in choice.processor.method.to_dict().items() if k != "method" and v is not None}
+    method = choice.processor.method
+    own = {k: v for k, v in (method.to_dict() if method else {}).items() if k != "method" and v is not None}
     dense = len(choice.processor.dense_steps(shot.steps))
     density = f", density {choice.density:.3f}" if choice.density is not None else ""
     settings = ", ".join(f"{key} {_short(value)}" for key, value in own.items())
-    return f"{choice.name} ({settings}){density}, {dense} of {shot.steps} steps dense"
+    settings = f" ({settings})" if settings else ""
+    return f"{choice.name}{settings}{density}, {dense} of {shot.steps} steps dense"
 
 
 def show(console: Console) -> Callable[[str, dict[str, Any]], None]:

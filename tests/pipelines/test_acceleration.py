@@ -8,6 +8,7 @@ from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
 from dit_accel.methods import Radial, RandomBlocks
 from dit_accel.pipelines.acceleration import Acceleration, check_backend, choose
+from dit_accel.quant import Quant
 from dit_accel.schedule import Schedule
 
 VIDEO = Layout(grid=(21, 30, 52))
@@ -150,3 +151,24 @@ def test_a_tier_that_cannot_run_is_refused_early(monkeypatch):
         check_backend("flex", cpu, torch.float32)
     for backend in ("auto", "gather", "reference"):
         check_backend(backend, cpu, torch.float32)
+
+
+def test_quantised_products_with_a_method_and_without():
+    choice = decide(method="radial", quant="sage2")
+    assert choice.processor.method == Radial()
+    assert choice.processor.quant == Quant.sage2()
+    assert choice.name == "radial-sage2"
+    choice = decide(method="dense", quant="sage1", dense_steps=2)
+    assert (choice.name, choice.density, choice.processor.method) == ("dense-sage1", 1.0, None)
+    assert choice.processor.dense_steps(50) == [0, 1]
+    assert decide(method="dense", quant="auto").processor.dense_steps(50) == []
+    choice = decide(layout=Layout(grid=(1, 30, 52)), frames=1, quant="sage2pp")
+    assert choice.name == "dense-sage2pp"
+    assert "a single frame" in choice.notes[0]
+
+
+def test_a_quant_that_is_none():
+    with pytest.raises(UsageError, match="unknown; did you mean 'sage2'"):
+        decide(quant="sage22")
+    with pytest.raises(UsageError, match="--density sets a sparse method"):
+        decide(method="dense", quant="sage2", density=0.5)
