@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dit_accel
@@ -396,6 +397,29 @@ def test_a_run_leaves_nothing_to_the_next(monkeypatch):
     tiny_run(pipe, steps=6, guidance_scale=3.0, callback_on_step_end=interrupt)
     for settings in ({"steps": 6}, {"steps": 9}, {"steps": 6, "guidance_scale": 1.0}, {"steps": 6, "width": 64}):
         assert torch.equal(tiny_run(pipe, **settings), fresh(**settings)), settings
+
+
+def test_a_cache_that_skips_search_steps(monkeypatch):
+    """Attention is broadcast from every even step to the odd one: searches at 1 and 5 are made at 2 and 6."""
+    pipe, searched = tiny_pipeline(), searches_of(monkeypatch)
+    pipe.set_attn_processor(AdaSpaProcessor(search_steps=(1, 5), **SMALL))
+    pipe.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1001),
+            spatial_attention_block_identifiers=("blocks",),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    (engine,) = engines(pipe)
+    called, attend_ = [], engine.attend
+    engine.attend = lambda layer, call: called.append(engine.forward.step.index) or attend_(layer, call)
+    first = tiny_run(pipe, steps=8, guidance_scale=1.0)
+    layers = len(engine.stats.layers)
+    assert called == [i for i in (0, 2, 4, 6) for _ in range(layers)]
+    assert (engine.stats.dense, engine.stats.sparse) == ({"method": layers}, 3 * layers)
+    assert searched == [True] * layers + [False] * layers
+    assert torch.equal(tiny_run(pipe, steps=8, guidance_scale=1.0), first)
 
 
 def test_two_denoisers(monkeypatch):
