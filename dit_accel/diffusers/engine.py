@@ -204,7 +204,7 @@ class Engine:
             try:
                 reason = self._dense_reason(call)
                 if reason is None:
-                    layout = self._understand(call)
+                    self.stats.layers[layer].layout = layout = self._understand(call)
                     reason = self._dense_step(layer)
                 if reason is None:
                     live = self._live_keys(call, layout)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from ..plans import Plan
 
 # Dense on purpose; every other reason is a fallback. "method": its own dense steps; "guide": FreeSwim's full path.
@@ -22,7 +23,8 @@ INTENDED = frozenset({"schedule", "method", "baseline", "cross", "guide"})
 class LayerStats:
     """One attention site. ``dense``: calls by reason. ``tiers``: sparse calls by execution tier.
 
-    ``tier_reason``: why the last tier was chosen. ``last``: what the last call did, ``"sparse"`` or the dense reason.
+    ``layout``: of the tokens of the last call that was understood. ``tier_reason``: why the last tier was chosen.
+    ``last``: what the last call did, ``"sparse"`` or the dense reason.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerStats:
     tiers: Counter[str] = field(default_factory=Counter)
     tier_reason: str = ""
     last: str = ""
+    layout: Layout | None = None
     _kept: Plan | Tensor | None = None
 
     @property

@@ -77,8 +77,8 @@ def test_a_skeleton_has_no_weights():
 
 
 def test_an_unknown_transformer_is_refused(configs_only):
-    folder = configs_only("m", "WanPipeline", {}, {"_class_name": "AuraFlowTransformer2DModel"})
-    with pytest.raises(UnsupportedError, match="no family row knows AuraFlowTransformer2DModel"):
+    folder = configs_only("m", "WanPipeline", {}, {"_class_name": "SanaTransformer2DModel"})
+    with pytest.raises(UnsupportedError, match="no family row knows SanaTransformer2DModel"):
         skeleton(inspect_model(str(folder)))
 
 

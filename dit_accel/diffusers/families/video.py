@@ -31,9 +31,7 @@ def _hunyuan_video(config: Any, hidden: Any, text: Any) -> Layout:
 
 def _hunyuan_video15(config: Any, hidden: Any, text: Any, glyphs: Any, image: Any) -> Layout:
     """Latents (B, C, T, H, W) over patch_size_t and patch_size, then image, glyph and text tokens, live first."""
-    return Layout(
-        grid=patches(hidden.shape[2:], _patch(config)), text=text.shape[1] + glyphs.shape[1] + image.shape[1]
-    )
+    return Layout(grid=patches(hidden.shape[2:], _patch(config)), text=text.shape[1] + glyphs.shape[1] + image.shape[1])
 
 
 def _framepack(config: Any, hidden: Any, text: Any, image: Any, clean: Any, twice: Any, fourfold: Any) -> Layout:
