@@ -3,7 +3,7 @@
 ``python -m dit_accel.eval.attention --method radial`` runs the model densely and, at every call, also attends under
 the methods asked for, on the same q, k and v. On sampled query rows the outputs are set against exact attention in
 float32; no map is stored. Relative L1, cosine and RMSE are those of SpargeAttn's tuning (arXiv 2502.18137), retained
-mass is what Sparse VideoGen 2 (arXiv 2505.18875) calls recall. A method that stands representatives in for skipped keys,
+mass is what Sparse VideoGen 2 (arXiv 2505.18875) calls recall. A method with representatives for skipped keys,
 or corrects its output, keeps more than its retained mass tells: read it beside the error.
 """
 

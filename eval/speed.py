@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -60,3 +61,9 @@ def alternate(
             wait()
             seconds[name].append(time.perf_counter() - start)
     return {name: summary(values) for name, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    from ..cli import main
+
+    sys.exit(main(["eval", "speed", *sys.argv[1:]]))

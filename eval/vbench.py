@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -262,3 +263,9 @@ def temporal_flickering(frames: np.ndarray) -> dict[str, Any]:
         "meaning": "mean likeness of adjacent frames; only its difference to the dense run of the same prompt and seed "
         "says something",
     }
+
+
+if __name__ == "__main__":
+    from ..cli import main
+
+    sys.exit(main(["eval", "vbench", *sys.argv[1:]]))

@@ -1,105 +1,50 @@
-"""``dit-accel eval``: measure quality with judges that need no downloaded weights."""
+"""``dit-accel eval``: speed, fidelity, attention error, graded videos, VBench; one sub-command each."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from . import attention
+from . import eval_attention, eval_fidelity, eval_metrics, eval_shapes, eval_speed, eval_vbench
 
-HELP = "grade videos: eval shapes renders the bundled suite and grades it"
+HELP = "measure speed, fidelity, attention error and quality"
 DESCRIPTION = (
-    "Render the shape suite and grade every video by computer vision. Every caption is a list of facts (colour, "
-    "motion, shape, size, count, relation, background), so the grade is exact and needs no learned judge. "
-    'Needs OpenCV: pip install "dit-accel[eval]".'
+    "Measure what sparse attention gains and what it costs. Speed, fidelity to the dense output and absolute quality "
+    "are told apart and never mixed into one figure."
 )
 EXAMPLES = """examples:
-  dit-accel eval shapes --method dense -o dense.json
   dit-accel eval shapes --method radial --density 0.25 --compare -o radial.json
-  dit-accel eval shapes --prompts mini-12 --steps 30 --sheet sheet.png
+  dit-accel eval fidelity dense/ radial/
+  dit-accel eval attention --method radial:decay=0.5 gna --steps 10
+  dit-accel eval speed --method radial --repeats 3
+  dit-accel eval vbench totals results/
+  dit-accel eval metrics
+
+each also runs as python -m dit_accel.eval.NAME
 """
+KINDS = {
+    "shapes": eval_shapes,
+    "fidelity": eval_fidelity,
+    "attention": eval_attention,
+    "speed": eval_speed,
+    "vbench": eval_vbench,
+    "metrics": eval_metrics,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("suite", choices=["shapes"], help="what to grade")
-    add("--prompts", default="shapes-120", metavar="NAME|FILE", help="mini-12, shapes-120 or a text file")
-    add("--limit", type=int, metavar="N", help="only the first N prompts")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of the initial noise (default: 0)")
-    add("--compare", action="store_true", help="render dense too, from the same noise, and give paired differences")
-    add("-o", "--out", metavar="FILE", help="JSON with every row, written as it goes and continued from")
-    add("--sheet", metavar="FILE", help="PNG with nine frames of every video")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
-    add("--quiet", action="store_true", help="no text but errors and notes")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR|ID", help="pipeline folder or hub id (default: the bundled model)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: bfloat16 on a GPU, else float32)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add("--guidance", type=float, metavar="G", help="guidance scale (default: the model's)")
-
-    attention.add_arguments(parser)
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", title="what to measure", required=True)
+    for name, module in KINDS.items():
+        sub = kinds.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(measure=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .console import Console, emit
-
-    console = Console(json=args.json, quiet=args.quiet)
-    suite, job = _suite(args), _job(args)
-    from ..eval.shapes.job import evaluate
-    from ..eval.shapes.suite import difference_table, table
-
-    result = evaluate(
-        suite,
-        job,
-        out=Path(args.out) if args.out else None,
-        sheet=Path(args.sheet) if args.sheet else None,
-        tell=lambda row: console.say(_line(row)),
-    )
-    for side, summary in result["summary"].items():
-        console.say(f"\n{side}")
-        console.say(table(summary))
-        console.say(f"colour and motion both passed: {summary['color_and_motion']} of {summary['videos']}")
-    if "paired" in result:
-        console.say("\naccelerated minus dense, paired by prompt and seed")
-        console.say(difference_table(result["paired"]))
-    if args.json:
-        emit("eval", {"ok": True, **{key: value for key, value in result.items() if key != "schema"}})
-    return 0
-
-
-def _line(row: dict[str, Any]) -> str:
-    scores = " ".join(f"{name} {value:.2f}" for name, value in row["scores"].items() if value is not None)
-    return f"{row['side']:8} {row['prompt']} (seed {row['seed']}): {scores}"
-
-
-def _suite(args: argparse.Namespace) -> Any:
-    from ..errors import UsageError
-    from ..eval.shapes.measure import need_opencv
-    from ..eval.shapes.suite import Suite, prompts
-
-    if args.limit is not None and args.limit < 1:
-        raise UsageError(f"--limit must be at least 1; got {args.limit}")
-    # Minutes of rendering should not end in a missing package.
-    need_opencv()
-    return Suite(tuple(prompts(args.prompts)[: args.limit]), tuple(args.seeds), compare=args.compare)
-
-
-def _job(args: argparse.Namespace) -> Any:
-    from ..errors import UsageError
-    from ..pipelines.job import Job
-
-    if args.compare and args.method == "dense":
-        raise UsageError("--compare sets a method against dense attention; --method dense leaves nothing to compare")
-    return Job(
-        prompts=(),
-        out=Path("."),
-        model=args.model,
-        accel=attention.chosen(args),
-        steps=args.steps,
-        guidance=args.guidance,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    return args.measure(args)
