@@ -28,6 +28,9 @@ from .rectified_presets import PRESETS
 
 CURVES = (None, "gilbert")
 
+# The smallest block that a density is solved with.
+SMALLEST = 32
+
 # Logits of tokens beside the main segment that are held at once, in elements.
 CHUNK = 1 << 22
 
@@ -104,14 +107,22 @@ class Rectified(Method):
         return replace(regions.plan(call.layout, seen), row_scale=factor, row_add=addend)
 
     def with_density(self, density: float, layout: Layout) -> tuple[Rectified, float]:
-        """Solve ``density`` so that the whole plan, text included, has the one asked for.
+        """Solve ``density`` for the whole plan with its text, then ``block_size`` where that misses by over 20 %.
 
-        The figure returned takes the blocks that are always kept for some of the most important ones, as they mostly
-        are, and ``top_p`` for no more than that; which they are, the tensors decide.
+        Of few large blocks too many touch. The figure returned takes the blocks that are always kept for some of the
+        most important ones, as they mostly are, and ``top_p`` for no more than that; which they are, tensors decide.
         """
-        wanted, n = check_density(density), layout.tokens
+        wanted, best, size = check_density(density), None, self.block_size
+        while best is None or (size >= SMALLEST and abs(best[1] - wanted) > 0.2 * wanted):
+            found = replace(self, block_size=size)._solve_density(wanted, layout)
+            if best is None or abs(found[1] - wanted) < abs(best[1] - wanted):
+                best = found
+            size //= 2
+        return best
+
+    def _solve_density(self, wanted: float, layout: Layout) -> tuple[Rectified, float]:
         regions = _Regions.of(self, layout, torch.device("cpu"))
-        blocks, main = regions.count, int(regions.main[-1])
+        n, blocks, main = layout.tokens, regions.count, int(regions.main[-1])
         forced = torch.zeros(blocks) if regions.always is None else regions.always.sum(-1)
 
         def reached(count: int) -> float:

@@ -110,6 +110,13 @@ def test_a_video_takes_few_rounds_and_one_curve_per_grid(monkeypatch):
     assert sum(rounds) < 75600
 
 
+def test_the_published_order_of_wan_at_720p():
+    """The first 28 blocks of 128 of the release, meant to be the first frame, hold 3.3 % of it and touch all 21."""
+    frames = gilbert((21, 45, 80))[: 28 * 128] // 3600
+    assert frames.unique().numel() == 21
+    assert round(int((frames == 0).sum()) / 3600, 3) == 0.033
+
+
 @pytest.mark.parametrize(
     "layout", [Layout((3, 4, 6)), Layout((3, 4, 6), text=5), Layout((3, 4, 6), text=5, text_first=True, prefix=2)]
 )

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import UnsupportedError, UsageError
@@ -284,15 +284,19 @@ def test_rows_beside_the_main_segment_are_dense(layout):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6)),
-    st.integers(0, 9), st.booleans(), st.sampled_from([2, 5, 16, 64]), st.sampled_from([None, "gilbert"]),
-)  # fmt: skip
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6)),
+    text=st.integers(0, 9),
+    first=st.booleans(),
+    size=st.sampled_from([2, 5, 16, 64]),
+    curve=st.sampled_from([None, "gilbert"]),
+)
+@example(grid=(1, 1, 17), text=1, first=False, size=16, curve=None)
 def test_any_geometry(grid, text, first, size, curve):
     layout = Layout(grid, text=text, text_first=first)
     assume(layout.tokens > 2)
     q, k, v = tensors(layout)
     method = Rectified(block_size=size, curve=curve)
-    out = attend(q, k, v, method, layout=layout)
+    out = attend(q, k, v, method, layout=layout, backend="gather")
     torch.testing.assert_close(out, attend(q, k, v, method, layout=layout, backend="reference"), **CLOSE)
 
 
@@ -422,6 +426,16 @@ def test_with_density(layout, density):
     plan = make(q, k, torch.randn_like(q), method, layout=layout)
     assert plan.density == pytest.approx(density, rel=0.2)
     assert plan.density_video <= plan.density
+
+
+def test_with_density_takes_smaller_blocks_where_too_many_touch():
+    layout = Layout((33, 8, 10))
+    for density, size in ((0.5, 128), (0.25, 64), (0.15, 32)):
+        method, reached = Rectified().with_density(density, layout)
+        assert method.block_size == size
+        assert reached == pytest.approx(density, rel=0.1)
+    assert Rectified(neighbors=False).with_density(0.15, layout)[0].block_size == 128
+    assert Rectified(block_size=16).with_density(0.01, layout)[0].block_size == 16
 
 
 def test_presets():
