@@ -55,6 +55,8 @@ def choose(q: Tensor, plan: TilePlan, recipe: Recipe, *, backend: str = "auto") 
     Raises ``NotImplementedError`` for a recipe that the GPU has no instructions for, unless emulation is asked for by
     name (``"reference"``), and for a backend that cannot quantise.
     """
+    if plan.first_order_each:
+        raise NotImplementedError("a first-order matrix per representative cannot be quantised; use quant=None")
     if backend not in TIERS:
         raise NotImplementedError(f"backend {backend!r} cannot quantise; choose auto, triton or reference, or no quant")
     if TIERS[backend] == "quant-reference":
