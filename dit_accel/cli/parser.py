@@ -7,7 +7,7 @@ import difflib
 import sys
 
 from .. import __version__
-from . import calibrate, doctor, mask, methods, plan, render
+from . import calibrate, doctor, mask, methods, models, plan, render
 from . import eval as eval_command
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "doctor": doctor,
     "methods": methods,
+    "models": models,
 }
 
 _EXAMPLES = """examples:
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
   dit-accel mask --method radial --model-family wan -o mask.png
   dit-accel calibrate paro -o plan.safetensors
   dit-accel methods
+  dit-accel models
   dit-accel doctor
 
 exit codes: 0 done, 1 run-time failure, 2 usage, 3 budget missed, 130 interrupted
