@@ -24,7 +24,7 @@ from ..plans import Blocks, Plan
 from ..schedule import Schedule
 from .base import Call, Method, check_density
 from .curves import curve_order, touching
-from .rectified_presets import PRESETS
+from .rectified_presets import PRESETS, Preset
 
 CURVES = (None, "gilbert")
 
@@ -257,7 +257,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _preset(name: str):
+def _preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UsageError(f"unknown Rectified preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
