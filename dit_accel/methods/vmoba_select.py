@@ -62,7 +62,9 @@ def largest(values: Tensor, amount: Tensor, *, weighted: bool = False) -> Tensor
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     def reached(taken: Tensor) -> Tensor:
-        return torch.where(taken, values, 0).sum(-1, dtype=torch.float64) if weighted else taken.sum(-1, dtype=torch.int32)
+        if weighted:
+            return torch.where(taken, values, 0).sum(-1, dtype=torch.float64)
+        return taken.sum(-1, dtype=torch.int32)
 
     low = torch.full(amount.shape, -(2**31), dtype=torch.long, device=values.device)
     high = torch.full_like(low, 2**31 - 1)
