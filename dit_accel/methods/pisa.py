@@ -92,7 +92,7 @@ class Pisa(Method):
         """The plan of one call. q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv)."""
         queries, keys = self.regions(call.layout), self.regions(call.kv_layout or call.layout)
         count = self._count(len(keys.main))
-        order, kv_order = (None if r.order is None else r.order.to(q.device) for r in (queries, keys))
+        order, kv_order = (self._order(layout, call) for layout in (call.layout, call.kv_layout or call.layout))
         same = call.kv_layout is None or call.kv_layout == call.layout
         lists = {"layout": call.layout, "q_blocks": queries.blocks, "k_blocks": keys.blocks, "order": order}
         if not same:
@@ -143,6 +143,12 @@ class Pisa(Method):
         if self.tile == "auto":
             return compact_tile(grid, self.block_size)
         return self.tile if self.tile is None else (1,) * (3 - len(self.tile)) + self.tile
+
+    def _order(self, layout: Layout, call: Call) -> Tensor | None:
+        """The order of tokens on the call's device, sent there once."""
+        key = "pisa order", self.block_size, self.tile, layout, call.device
+        order = self.regions(layout).order
+        return None if order is None else call.state.plan(key, lambda: order.to(call.device))
 
     def _count(self, blocks: int) -> int:
         """Key blocks of ``blocks`` that each query block takes exactly."""
