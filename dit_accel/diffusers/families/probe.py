@@ -17,6 +17,9 @@ def proposal(model: nn.Module, known: Sequence[Family]) -> str:
     """The message for a class without a row: what is known, and the row to write, as far as the model tells it."""
     name = type(model).__name__
     sites, cross, refused = _attention(model)
+    not_sites = [f"Not a site: {pattern} ({why})" for pattern, why in refused.items()]
+    if not sites:
+        return "\n".join([f"{name} is not a known transformer, and none of its attention can run sparse.", *not_sites])
     listed = ", ".join(f"{family.name} ({', '.join(family.models)})" for family in known)
     arguments = list(inspect.signature(type(model).forward).parameters)[1:]
     timestep = next((a for a in arguments if a in ("timestep", "timesteps", "t")), None)
@@ -34,16 +37,20 @@ def proposal(model: nn.Module, known: Sequence[Family]) -> str:
     read, layout = _layout(model, arguments)
     lines += [
         f"        reads=({read!r},),  # the arguments of forward from which the layout follows",
-        f"        layout=lambda config, hidden: {layout}))  # tokens; text=, text_first= where text is joined",
+        f"        layout=lambda config, hidden: {layout}))",
+        "    # Layout: the grid (T, H, W) in tokens, here for latents (B, C, T, H, W) or (B, C, H, W); where text is",
+        "    # part of the sequence also its tokens (text=, text_first=) and in the row text='first' or 'last'.",
     ]
     if timestep is None:
-        lines.append("        # and timestep=<the argument of forward with the timestep>")
-    lines += [f"Not a site: {pattern} ({why})" for pattern, why in refused.items()]
-    return "\n".join(lines)
+        lines.append("    # timestep: the argument of forward with the timestep.")
+    return "\n".join([*lines, *not_sites])
 
 
 def _attention(model: nn.Module) -> tuple[str, str, dict[str, str]]:
-    """Patterns of the most frequent attention modules that can be derived and of their cross-attention; the refused."""
+    """Patterns of the most frequent attention modules that can be derived and of their cross-attention; the refused.
+
+    The first is empty where all are refused, a guess where there are none.
+    """
     from ..derive import derive, stock_of
 
     found: Counter[str] = Counter()
@@ -58,13 +65,13 @@ def _attention(model: nn.Module) -> tuple[str, str, dict[str, str]]:
             if callable(processor):
                 derive(type(stock_of(processor)))
         except UnsupportedError as error:
-            refused[pattern] = str(error)
+            refused[pattern] = str(error).split(";")[0]
             continue
         found[pattern] += 1
         if getattr(module, "is_cross_attention", False) or re.search(r"attn2$|cross", name):
             cross.add(pattern)
     own = [pattern for pattern in found if pattern not in cross]
-    sites = max(own, key=found.__getitem__, default=r"blocks\.\d+\.attn")
+    sites = max(own, key=found.__getitem__, default="" if refused else r"blocks\.\d+\.attn")
     return sites, max(cross, key=found.__getitem__, default=""), refused
 
 
