@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..blocklist import BlockList
 from ..predicate import Gate, Predicate
+from ..representatives import Group
 from ..tileplan import TilePlan
 from ..tuning import Tuning, tuning
 from .triton_kernel import forward
@@ -35,8 +36,6 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]}; the kernel needs 8.0 or newer"
-    if plan is not None and (not plan.plain or plan.tokens_q is not None or plan.tokens_k is not None):
-        return "the plan has representatives, row factors or holes"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}; the kernel takes float32, float16 and bfloat16"
     if not 1 <= q.shape[-1] <= _MAX_DIM:
@@ -48,8 +47,11 @@ def tile_for(plan: TilePlan, q: Tensor) -> tuple[int, int]:
     """The tile sizes to lower ``plan`` to for this tier.
 
     Tiles of 32 and more stay as they are: the kernel cuts a tile into its own blocks while it runs, so full blocks
-    stay full, lists stay short, and nothing is lowered twice. Smaller tiles are merged to the tuning table's size.
+    stay full, lists stay short, and nothing is lowered twice. Smaller tiles are merged to the tuning table's size,
+    unless what they see beside exact keys differs.
     """
+    if not plan.plain:
+        return plan.tile_q, plan.tile_k
     entry = _tuning(plan, q, q.shape[-1], tile_q=128, tile_k=128)
     return (
         plan.tile_q if plan.tile_q >= min(32, plan.n_q) else entry.block_q,
@@ -111,8 +113,10 @@ def arguments(
         *(tuple(stride // unit for stride in x.stride()[:3]) for x in (q, k, v, out)),
         _list(plan.full), _list(plan.partial), _order(plan.order), _order(plan.kv_order),
         *_predicate(predicate), _gate(plan.gate if plan.partial is not None else None),
+        tuple(_group(group, q.shape[1]) for group in plan.reps) or None, _matrix(plan.first_order, q.shape[1]),
+        None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
-        plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
+        plan.n_q, plan.n_k, plan.queries, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
     )  # fmt: skip
 
 
@@ -127,7 +131,9 @@ def constants(
     return {
         "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": entry.full, "PARTIAL": step,
         "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)), "UNIT": _unit(q, k, v, out),
-        "BOUNDED": bool(bounded or cut), "TESTED": plan.predicate is not None, "EMULATED": interpreted(),
+        "REPS": tuple(group.width for group in plan.reps), "REP_BLOCK": entry.tested,
+        "BOUNDED": bool(bounded or cut or plan.tokens_k is not None), "TESTED": plan.predicate is not None,
+        "EMULATED": interpreted(),
     }  # fmt: skip
 
 
@@ -166,6 +172,19 @@ def _list(entry: BlockList | None) -> tuple | None:
         return None
     index = entry.index if entry.index.stride(-1) == 1 else entry.index.contiguous()
     return entry.count, index, _strides(entry.count), _strides(index)
+
+
+def _group(group: Group, heads: int) -> tuple:
+    key, value, bias = group.key.contiguous(), group.value.contiguous(), group.bias().contiguous()
+    strides = (_strides(x)[:2] for x in (key, value, bias))
+    return *_list(group.seen), key, value, bias, heads // key.shape[1], *strides
+
+
+def _matrix(first_order: Tensor | None, heads: int) -> tuple | None:
+    if first_order is None:
+        return None
+    first_order = first_order.contiguous()
+    return first_order, _strides(first_order)[:2], heads // first_order.shape[1]
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

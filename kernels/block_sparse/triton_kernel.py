@@ -14,21 +14,27 @@ def forward(
     q_strides, k_strides, v_strides, out_strides,
     full, partial, order, kv_order,
     box, disc, band, always, gate,
-    kv_valid, n_q, n_k, heads, groups, scale,
+    reps, first_order, row_factors,
+    kv_valid, n_q, n_k, queries, heads, groups, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr, UNIT: tl.constexpr,
+    REPS: tl.constexpr, REP_BLOCK: tl.constexpr,
     BOUNDED: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks x batch x heads,).
 
     q, k, v, out: pointers with strides (batch, head, token) in units of UNIT elements, which tells the compiler how
     wide it may load where a head dim is no multiple of 16; the last dimension is contiguous. lse: float32
-    (batch, head, n_q) contiguous, or None. full, partial: (count, index, count strides, index strides), strides
-    (batch, head, query tile). order, kv_order: (slot -> token, head stride). box: (lo, hi, coord); disc: (centre,
-    coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row, k_col, strides
-    (batch, head, row)). scale contains log2(e).
+    (batch, head, queries) contiguous, or None. full, partial: (count, index, count strides, index strides), strides
+    (batch, head, query tile). order, kv_order: (slot -> token or -1 for a hole, head stride). box: (lo, hi, coord);
+    disc: (centre, coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row,
+    k_col, strides (batch, head, row)). reps: per group (count, index, count strides, index strides, keys, values,
+    bias, query heads per key head, strides (batch, head) of keys, values and bias), rows contiguous. first_order:
+    (matrix float32, strides (batch, head), query heads per head). row_factors: (scale, add), float32 contiguous.
+    scale contains log2(e).
 
-    A plan's tile may hold several blocks. WIDTHS: D as a power of two plus a tail (0 for none), then DV likewise.
+    A plan's tile may hold several blocks. REPS: representatives per listed block, of each group. WIDTHS: D as a power
+    of two plus a tail (0 for none), then DV likewise.
     BOUNDED: a key block may reach past its tile or its live keys. TESTED: cells of 1 in the gate go by the predicate.
     """
     splits: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
@@ -46,7 +52,9 @@ def forward(
     live = slot < tl.minimum(tile * TILE_Q + TILE_Q, n_q)
     token = slot.to(tl.int64)
     if order is not None:
-        token = tl.load(order[0] + h.to(tl.int64) * order[1] + slot, mask=live, other=0)
+        token = tl.load(order[0] + h.to(tl.int64) * order[1] + slot, mask=live, other=-1)
+        live = live & (token >= 0)
+        token = tl.maximum(token, 0)
     # Offsets pass 2^31 elements on long videos with many heads.
     b = b.to(tl.int64)
     h = h.to(tl.int64)
@@ -96,15 +104,55 @@ def forward(
                 valid, n_k, scale, PARTIAL, D, DV, WIDTHS, BOUNDED, True, TESTED, EMULATED,
             )  # fmt: skip
 
+    mass = tl.zeros((BLOCK_Q,), tl.float32)
+    if reps is not None:
+        for g in tl.static_range(len(reps)):
+            part = reps[g]
+            count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2]) * REPS[g]
+            index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
+            head = h // part[7]
+            for i in range(tl.cdiv(count, REP_BLOCK)):
+                acc, acc_tail, top, total, mass = _represented(
+                    acc, acc_tail, top, total, mass, query, query_tail, index,
+                    part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
+                    part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
+                    REPS[g], REP_BLOCK, D, DV, WIDTHS, first_order is not None, EMULATED,
+                )  # fmt: skip
+    if first_order is not None:
+        matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
+        # acc, total and mass share one running maximum, so the term joins before the division. A few columns of the
+        # queries at a time: a second accumulator would spill.
+        share = (mass * (scale * 0.6931471805599453))[:, None]
+        for row in range(0, D, 32):
+            column = row + tl.arange(0, 32)
+            slice_q = tl.load(
+                q + token[:, None] * (q_strides[2] * UNIT) + column[None, :],
+                mask=live[:, None] & (column < D)[None, :], other=0.0,
+            )  # fmt: skip
+            slice_q = slice_q.to(tl.float32) * share
+            acc = tl.dot(slice_q, _block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+            if WIDTHS[3]:
+                block = _block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
+                acc_tail = tl.dot(slice_q, block, acc_tail, input_precision="tf32x3")
+
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    out += (b * out_strides[0] + h * out_strides[1]) * UNIT
-    _store(out, token, out_strides[2] * UNIT, live, acc / total[:, None], WIDTHS[2], 0, DV)
+    acc = acc / total[:, None]
     if WIDTHS[3]:
-        _store(out, token, out_strides[2] * UNIT, live, acc_tail / total[:, None], WIDTHS[3], WIDTHS[2], DV)
+        acc_tail = acc_tail / total[:, None]
+    if row_factors is not None:
+        row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
+        factor = tl.load(row_factors[0] + row)
+        acc = acc * factor + _columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
+        if WIDTHS[3]:
+            acc_tail = acc_tail * factor + _columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
+    out += (b * out_strides[0] + h * out_strides[1]) * UNIT
+    _store(out, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
+    if WIDTHS[3]:
+        _store(out, token, out_strides[2] * UNIT, live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
     if lse is not None:
         log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
-        tl.store(lse + (b * heads + h) * n_q + token, log, mask=live)
+        tl.store(lse + (b * heads + h) * queries + token, log, mask=live)
 
 
 @triton.jit
@@ -121,8 +169,9 @@ def _visit(
     live = slot < stop
     cut = start + BLOCK > stop
     if kv_order is not None:
-        token = tl.load(kv_order + slot, mask=live, other=0)
-        live = live & (token < valid)
+        token = tl.load(kv_order + slot, mask=live, other=-1)
+        live = live & (token >= 0) & (token < valid)
+        token = tl.maximum(token, 0)
         cut = cut | (valid < n_k)
     else:
         live = slot < tl.minimum(stop, valid)
@@ -159,6 +208,57 @@ def _visit(
     else:
         acc_tail = acc
     return acc, acc_tail, top_new, total
+
+
+@triton.jit
+def _represented(
+    acc, acc_tail, top, total, mass, query, query_tail, index, k, v, bias, first, count, scale,
+    PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
+    WEIGHED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """The representatives first .. first + BLOCK of the ``count`` that a tile lists. WEIGHED: sum their mass."""
+    lane = first + tl.arange(0, BLOCK)
+    live = lane < count
+    row = tl.load(index + lane // PER_BLOCK, mask=live, other=0).to(tl.int64) * PER_BLOCK + lane % PER_BLOCK
+    log = tl.load(bias + row, mask=live, other=float("-inf"))
+    keys = _rows(k, row, D, live, WIDTHS[0], 0, D, True, EMULATED)
+    score = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if WIDTHS[1]:
+        keys_tail = _rows(k, row, D, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+        score = tl.dot(query_tail, tl.trans(keys_tail), score, input_precision="ieee")
+    score = score * scale + (log * 1.4426950408889634)[None, :]
+    top_new = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - top_new[:, None])
+    fade = tl.exp2(top - top_new)
+    gained = tl.sum(weight, 1)
+    total = total * fade + gained
+    if WEIGHED:
+        mass = mass * fade + gained
+    values = _rows(v, row, DV, live, WIDTHS[2], 0, DV, True, EMULATED)
+    weight = weight.to(values.dtype)
+    acc = tl.dot(weight, values, acc * fade[:, None], input_precision="ieee")
+    if WIDTHS[3]:
+        values_tail = _rows(v, row, DV, live, WIDTHS[3], WIDTHS[2], DV, True, EMULATED)
+        acc_tail = tl.dot(weight, values_tail, acc_tail * fade[:, None], input_precision="ieee")
+    else:
+        acc_tail = acc
+    return acc, acc_tail, top_new, total, mass
+
+
+@triton.jit
+def _block(
+    matrix, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr
+):
+    """Rows first .. first + ROWS and columns FROM .. FROM + COLUMNS of a float32 (D, DV) matrix."""
+    row, column = first + tl.arange(0, ROWS), FROM + tl.arange(0, COLUMNS)
+    mask = (row < D)[:, None] & (column < DV)[None, :]
+    return tl.load(matrix + row[:, None] * DV + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _columns(base, WIDTH: tl.constexpr, FROM: tl.constexpr, DV: tl.constexpr):
+    column = FROM + tl.arange(0, WIDTH)
+    return tl.load(base + column, mask=column < DV, other=0.0)
 
 
 @triton.jit

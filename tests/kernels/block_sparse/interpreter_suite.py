@@ -1,13 +1,15 @@
 """The Triton kernel in Triton's interpreter, against float64. Run by test_triton.py with TRITON_INTERPRET=1 set."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
+import represented
 import torch
 
 from dit_accel.kernels import BlockList, TilePlan, tuning
 from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex
 from dit_accel.kernels.block_sparse import triton as tier
+from dit_accel.lowering import lower
 
 SMALL = tuning.Tuning(block_q=32, full=32, tested=16, gathered=16, warps=4, stages=1)
 GUARD = 64
@@ -221,3 +223,36 @@ def test_attend_reaches_the_kernel(monkeypatch):
         assert (out - reference).abs().max() < 2e-6
     assert len(launches) == 2
     assert [plan.tile_q for plan in launches] == [128, 64]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+@pytest.mark.parametrize("name", represented.CASES)
+def test_representatives_and_holes(name, permuted, monkeypatch):
+    import dit_accel
+
+    settings = dict(represented.CASES[name])
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(sum(settings["sizes"]), generator=generator) if permuted else None
+    q, k, v, plan, kind = represented.case(**settings, order=order)
+    launches = []
+    attention = tier.attention
+    monkeypatch.setattr(tier, "attention", lambda *a, **k: launches.append(a[3]) or attention(*a, **k))
+    out = dit_accel.attend(q, k, v, plan=plan, layout=plan.layout, backend="triton")
+    assert len(launches[0].reps) == len(plan.reps) > 0
+    expected, lse = represented.brute(q, k, v, plan, kind, settings["sizes"])
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
+    if plan.first_order is None and plan.row_scale is None:
+        _, log = dit_accel.attend(q, k, v, plan=plan, layout=plan.layout, backend="triton", return_lse=True)
+        torch.testing.assert_close(log.double(), lse, atol=1e-5, rtol=1e-5)
+
+
+def test_ragged_blocks_without_representatives():
+    import dit_accel
+
+    q, k, v, plan, _ = represented.case([70, 9, 64, 33, 12], seed=5)
+    plain = replace(plan, reps=(), _memo={})
+    out, expected = (
+        dit_accel.attend(q, k, v, plan=plain, layout=plan.layout, backend=name) for name in ("triton", "reference")
+    )
+    assert lower(plain).tokens_k == 188
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)

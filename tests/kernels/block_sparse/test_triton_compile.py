@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Predicate, TilePlan, tuning
+from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Group, Predicate, TilePlan, tuning
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -26,7 +26,7 @@ TYPES = {
 N, HEADS = 256, 4
 
 
-def plan(features: set[str], tile: int = 128) -> TilePlan:
+def plan(features: set[str], tile: int = 128, dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> TilePlan:
     slots = torch.arange(N, dtype=torch.int32)
     tiles = -(-N // tile)
     listed = BlockList.from_mask(torch.ones(1, 1, tiles, tiles, dtype=torch.bool))
@@ -43,7 +43,16 @@ def plan(features: set[str], tile: int = 128) -> TilePlan:
     order = torch.arange(N).expand(HEADS, N).contiguous() if "order" in features else None
     partial = BlockList.from_mask(torch.ones(1, 1, tiles, tiles, dtype=torch.bool)) if parts or gate else None
     predicate = Predicate(**parts) if parts else None
-    return TilePlan(tile, tile, N, N, listed, partial, predicate, gate, order, order)
+    more = {}
+    if "reps" in features:
+        pooled = torch.zeros(1, HEADS, tiles, dim, dtype=dtype)
+        count = torch.full((1, 1, tiles), tile, dtype=torch.int32)
+        more["reps"] = (Group(pooled, pooled, count, listed, torch.arange(0, N + 1, tile)),)
+    if "first-order" in features:
+        more["first_order"] = torch.zeros(1, HEADS, dim, dim)
+    if "row-factors" in features:
+        more["row_scale"], more["row_add"] = torch.zeros(1, HEADS, tiles), torch.zeros(1, HEADS, tiles, dim)
+    return TilePlan(tile, tile, N, N, listed, partial, predicate, gate, order, order, **more)
 
 
 def described(values, path=()):
@@ -81,7 +90,7 @@ def build(tmp_path, monkeypatch):
 
     def make(arch, dim, features=(), dtype=torch.bfloat16):
         features = set(features)
-        tiles = plan(features)
+        tiles = plan(features, dim=dim, dtype=dtype)
         q = torch.zeros(1, N, HEADS, dim, dtype=dtype).transpose(1, 2)
         lse = torch.zeros(1, HEADS, N) if "lse" in features else None
         kv_valid = torch.zeros(1, dtype=torch.int32) if "alive" in features else None
@@ -130,7 +139,8 @@ def test_every_feature_compiles_together_and_stays_pipelined(build):
 
 FEATURES = {
     "bare": (), "box": ("box", "always"), "disc": ("disc",), "band": ("band",), "gate": ("gate",), "order": ("order",),
-    "alive": ("alive",), "gate-box": ("gate", "box"),
+    "alive": ("alive",), "gate-box": ("gate", "box"), "reps": ("reps",), "first-order": ("reps", "first-order"),
+    "row-factors": ("row-factors",),
 }  # fmt: skip
 
 
