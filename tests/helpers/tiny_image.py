@@ -215,3 +215,47 @@ def z_image(batch):
         model, call, Layout(segments=segments), axes="[cthw", latents="x", words="cap_feats",
         out=lambda output: torch.stack(list(output.sample)),
     )  # fmt: skip
+
+
+def _flux_like(batch, cls, **config):
+    model = cls(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=[4, 4, 8], **config,
+    )  # fmt: skip
+    call = {
+        "hidden_states": randn(batch, 99, 4), "encoder_hidden_states": randn(batch, 6, 16), "timestep": at(batch, 0.5),
+        "img_ids": ids(9, 11), "txt_ids": torch.zeros(6, 3),
+    }  # fmt: skip
+    return Case(model, call, Layout(grid=(1, 9, 11), text=6, text_first=True), axes="bnc")
+
+
+@case
+def longcat_image(batch):
+    return _flux_like(batch, diffusers.LongCatImageTransformer2DModel, pooled_projection_dim=16)
+
+
+@case
+def ovis_image(batch):
+    return _flux_like(batch, diffusers.OvisImageTransformer2DModel, out_channels=4)
+
+
+@case
+def bria(batch):
+    return _flux_like(batch, diffusers.BriaTransformer2DModel)
+
+
+@case
+def hunyuan_image(batch):
+    model = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(2, 2), text_embed_dim=16, text_embed_2_dim=8, rope_axes_dim=(8, 8),
+    )  # fmt: skip
+    mask, glyphs = torch.ones(batch, 6), torch.ones(batch, 3)
+    mask[0, 4:] = 0
+    glyphs[0, 1:] = 0
+    call = {
+        "hidden_states": randn(batch, 4, 18, 22), "timestep": at(batch), "encoder_hidden_states": randn(batch, 6, 16),
+        "encoder_attention_mask": mask, "encoder_hidden_states_2": randn(batch, 3, 8),
+        "encoder_attention_mask_2": glyphs,
+    }  # fmt: skip
+    return Case(model, call, Layout(grid=(1, 9, 11), text=9), axes="bchw")

@@ -323,3 +323,30 @@ def helios(batch):
         call[f"indices_latents_history_{term}"] = torch.arange(frames).expand(batch, -1)
     # long: 2 x 2 x 2 of (5, 10, 12) in steps of (4, 8, 8); mid: 2 x 3 x 3 in (2, 4, 4); short: 2 x 5 x 6 in (1, 2, 2)
     return Case(model, call, Layout(grid=(3, 5, 6), prefix=8 + 18 + 60))
+
+
+@case
+def kandinsky6(batch):
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, patch_size=(1, 2, 2),
+        model_dim=32, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=False,
+        in_audio_dim=4, out_audio_dim=4, model_dim_a=16, time_dim_a=16, ff_dim_a=16, axes_dims_a=(4, 6, 6),
+    )  # fmt: skip
+    call = {
+        "hidden_states": randn(batch, 3, 10, 12, 4), "encoder_hidden_states": randn(batch, 7, 16),
+        "pooled_projections": randn(batch, 8), "timestep": at(batch), "audio_hidden_states": randn(batch, 9, 4),
+    }  # fmt: skip
+    return Case(model, call, GRID, axes="bthwc")
+
+
+@case
+def anyflow(batch):
+    model = diffusers.AnyFlowTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    call = {
+        "hidden_states": randn(batch, 3, 4, 10, 12), "encoder_hidden_states": randn(batch, 7, 16),
+        "timestep": torch.full((batch, 3), 500.0), "r_timestep": torch.full((batch, 3), 300.0),
+    }  # fmt: skip
+    return Case(model, call, GRID, axes="btchw")

@@ -49,6 +49,13 @@ def _sd3(config: Any, hidden: Any, text: Any) -> tuple[Layout, Layout]:
     return Layout(grid=grid, text=text.shape[1]), Layout(grid=grid)
 
 
+def _hunyuan_image(config: Any, hidden: Any, text: Any, glyphs: Any) -> Layout:
+    """Latents (B, C, H, W), or with frames, over patch_size, then glyph and text tokens, live first."""
+    sizes = patches(hidden.shape[2:], config.patch_size)
+    words = text.shape[1] + (0 if glyphs is None or not config.text_embed_2_dim else glyphs.shape[1])
+    return Layout(grid=(1, *sizes)[-3:], text=words)
+
+
 def _auraflow(config: Any, hidden: Any, text: Any) -> Layout:
     """Eight register tokens and the text, then latents (B, C, H, W) over patch_size."""
     return Layout(grid=_image(config, hidden), text=8 + text.shape[1], text_first=True)
@@ -99,6 +106,39 @@ FAMILIES = (
         text="first",
         timestep_scale=1000.0,
         image=True,
+    ),
+    Family(
+        name="flux-like",
+        models=("LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        reads=("img_ids", "txt_ids"),
+        layout=_flux,
+        by_value=True,
+        text="first",
+        timestep_scale=1000.0,
+        image=True,
+    ),
+    Family(
+        name="bria",
+        models=("BriaTransformer2DModel",),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        reads=("img_ids", "txt_ids"),
+        layout=_flux,
+        by_value=True,
+        text="first",
+        same_mask=True,
+        image=True,
+    ),
+    Family(
+        name="hunyuan-image",
+        models=("HunyuanImageTransformer2DModel",),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        reads=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_2"),
+        layout=_hunyuan_image,
+        text="last",
+        same_mask=True,
+        image=True,
+        stock="token refiner",
     ),
     Family(
         name="flux2",

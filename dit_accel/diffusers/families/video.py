@@ -19,7 +19,13 @@ def _allegro(config: Any, hidden: Any) -> Layout:
     return Layout(grid=patches(hidden.shape[2:], (1, config.patch_size, config.patch_size)))
 
 
-def _kandinsky5(config: Any, hidden: Any) -> Layout:
+def _btchw(config: Any, hidden: Any) -> Layout:
+    """Latents (B, T, C, H, W) over patch_size; text has a cross-attention of its own."""
+    frames, _, height, width = hidden.shape[1:]
+    return Layout(grid=patches((frames, height, width), config.patch_size))
+
+
+def _kandinsky(config: Any, hidden: Any) -> Layout:
     """Latents (B, T, H, W, C) over patch_size."""
     return Layout(grid=patches(hidden.shape[1:4], config.patch_size))
 
@@ -239,9 +245,26 @@ FAMILIES = (
         sites=r"visual_transformer_blocks\.\d+\.self_attention",
         cross_sites=r"visual_transformer_blocks\.\d+\.cross_attention",
         reads=("hidden_states",),
-        layout=_kandinsky5,
+        layout=_kandinsky,
         stock="text blocks",
         notes="the model's own sparse attention (NABLA) runs as it is; switch it off for ours",
+    ),
+    Family(
+        name="kandinsky6",
+        models=("Kandinsky6Transformer3DModel",),
+        sites=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        cross_sites=r"visual_transformer_blocks\.\d+\.video_dec_block\.cross_attention",
+        reads=("hidden_states",),
+        layout=_kandinsky,
+        stock="text blocks, audio, audio to video, video to audio",
+    ),
+    Family(
+        name="anyflow",
+        models=("AnyFlowTransformer3DModel",),
+        sites=r"blocks\.\d+\.attn1",
+        cross_sites=r"blocks\.\d+\.attn2",
+        reads=("hidden_states",),
+        layout=_btchw,
     ),
     Family(
         name="motif-video",
