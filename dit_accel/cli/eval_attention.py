@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pipelines.load import load
 
     info, shots, layout = _shots(args, size)
-    processors = _processors(args, layout)
+    processors = _processors(args, info, layout)
     calm_libraries()
     pipe = load(info, dtype=args.dtype, device=args.device)
     found = measure(pipe, shots, processors, rows=args.rows, steps=args.measure_steps, backend=args.backend)
@@ -95,13 +95,16 @@ def _shots(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[Any,
     return info, shots, layout
 
 
-def _processors(args: argparse.Namespace, layout: Any) -> dict[str, Any]:
+def _processors(args: argparse.Namespace, info: Any, layout: Any) -> dict[str, Any]:
     from ..errors import UnsupportedError, UsageError
     from ..eval.method_spec import build
     from ..processors import Processor
     from ..schedule import Schedule
 
-    methods = build(args.method)
+    # What the model itself brings along for a method, as rendering takes it; a spec's own values win.
+    tuned = info.defaults.get("methods", {})
+    asked = {spec.partition(":")[0].strip() for spec in args.method} & tuned.keys()
+    methods = build(args.method, [f"{name}.{key}={value}" for name in asked for key, value in tuned[name].items()])
     if args.density is not None:
         if layout is None:
             raise UnsupportedError("--density needs the token grid, which this model's configuration does not tell")

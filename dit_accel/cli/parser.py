@@ -7,12 +7,13 @@ import difflib
 import sys
 
 from .. import __version__
-from . import calibrate, doctor, mask, methods, models, plan, render
+from . import calibrate, doctor, mask, methods, models, plan, render, report
 from . import eval as eval_command
 
 COMMANDS = {
     "render": render,
     "plan": plan,
+    "report": report,
     "eval": eval_command,
     "mask": mask,
     "calibrate": calibrate,
