@@ -125,8 +125,9 @@ def _block(name: str) -> str:
 
 
 def _width(module: Any) -> int:
-    return module.to_q.out_features
+    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    return module.inner_dim if projection is None else projection.out_features
 
 
 def _heads(module: Any) -> int:
-    return int(module.heads)
+    return int(getattr(module, "heads", None) or module.num_heads)
