@@ -18,7 +18,8 @@ figcaption { font-size: 13px; color: var(--faint); margin-bottom: 4px; }
 .legend i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; }
 .player canvas, .player img, .player video { display: block; background: #111; image-rendering: pixelated; }
 .player canvas { width: 100%; } .player:not(.drawn) .row, .player:not(.drawn) .controls { display: none; }
-.drawn .media { position: absolute; width: 1px; height: 1px; overflow: hidden; opacity: 0; } .panel { flex: 1 1 220px; max-width: 420px; }
+.drawn .media { position: absolute; width: 1px; height: 1px; overflow: hidden; opacity: 0; }
+.panel { flex: 1 1 220px; max-width: 420px; }
 .panel span { font-size: 13px; color: var(--faint); }
 .controls { display: flex; gap: 10px; align-items: center; margin: 10px 0; max-width: 860px; }
 .controls input { flex: 1; } .controls button { font: inherit; padding: 3px 12px; }

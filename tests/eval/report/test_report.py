@@ -203,7 +203,8 @@ const canvas = (of, minus) => element("CANVAS", {dataset: minus ? {of, minus} : 
 const panels = [canvas("0,0,0.5"), canvas("1,0,1"), canvas("0,0.5,0.5", "0,0,0.5")];
 const parts = {".controls button": element("BUTTON"), ".controls input": element("INPUT", {value: 0}),
                ".controls output": element("OUTPUT", {value: ""})};
-const player = {classList: {add() {}}, querySelectorAll: s => s === "canvas" ? panels : videos, querySelector: s => parts[s]};
+const player = {classList: {add() {}}, querySelector: s => parts[s],
+                querySelectorAll: s => s === "canvas" ? panels : videos};
 globalThis.document = {querySelectorAll: () => [player]};
 let frames = 0;
 globalThis.requestAnimationFrame = run => { if (frames++ < 1) run(); };
