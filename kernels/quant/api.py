@@ -39,13 +39,19 @@ def quantized_attention(
     check(q, k, v, plan, kv_valid)
     if return_lse:
         check_lse(plan)
-    choose(q, plan, recipe, backend=backend)
+    tier, _ = choose(q, plan, recipe, backend=backend)
     q, k, v, alive = in_plan_order(*(x.detach() for x in (q, k, v)), plan, kv_valid)
     live_q, live_k = _filled(plan.order, plan.tokens_q), _filled(plan.kv_order, plan.tokens_k)
     if alive is not None:
         live_k = alive if live_k is None else alive & live_k
     operands = prepare(q, k, v, recipe, scale=scale, live_q=live_q, live_k=live_k)
-    out, lse = in_token_order(*reference.attention(q, operands, plan, recipe, scale=scale, alive=alive), plan)
+    if tier == "quant-triton":
+        from . import triton
+
+        found = triton.attention(q, operands, plan, recipe, scale=scale, live=live_k, return_lse=return_lse)
+    else:
+        found = reference.attention(q, operands, plan, recipe, scale=scale, alive=alive)
+    out, lse = in_token_order(*found, plan)
     return out, lse if return_lse else None
 
 
@@ -65,9 +71,21 @@ def choose(q: Tensor, plan: TilePlan, recipe: Recipe, *, backend: str = "auto") 
     why = capability.refusal(recipe, gpu)
     if why is not None:
         raise NotImplementedError(f"{recipe} cannot run on {q.device}: {why}; or emulate it with backend='reference'")
+    # Emulation in the interpreter is for tests: asked for by name only.
+    why = f"q is on {q.device}" if backend == "auto" and gpu is None else _refuses_triton(q, plan, recipe)
+    if why is None:
+        return "quant-triton", "first choice on this device"
     if TIERS[backend] == "quant-triton":
-        raise NotImplementedError("backend 'triton' cannot quantise yet; use backend='auto'")
-    return "quant-reference", f"q is on {q.device}"
+        raise NotImplementedError(f"backend {backend!r} cannot serve this call: {why}; use backend='auto'")
+    return "quant-reference", f"quant-triton: {why}"
+
+
+def _refuses_triton(q: Tensor, plan: TilePlan, recipe: Recipe) -> str | None:
+    try:
+        from . import triton
+    except ImportError as error:
+        return f"not importable ({error}); pip install triton"
+    return triton.refuses(q, plan, recipe)
 
 
 def _filled(order: Tensor | None, tokens: int | None) -> Tensor | None:

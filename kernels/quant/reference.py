@@ -22,7 +22,6 @@ from .values import FP16_CHAIN, LIMIT, ROUND
 
 LOG2E = math.log2(math.e)
 LOWEST = torch.finfo(torch.float32).min
-TINY = torch.finfo(torch.float32).tiny
 
 
 def attention(
@@ -109,7 +108,8 @@ def _product(weight: Tensor, fade: Tensor, values: Tensor, recipe: Recipe) -> Te
             "static": lambda: torch.ones_like(fade),
             "row": lambda: weight.amax(-1, keepdim=True),
             "tile": lambda: weight.amax((2, 4), keepdim=True),
-        }[recipe.p_scale]().clamp_min(TINY) / LIMIT[recipe.pv]
+        }[recipe.p_scale]()
+        unit = unit.masked_fill(unit == 0, 1) / LIMIT[recipe.pv]
         weight, fade = ROUND[recipe.pv](weight / unit), fade * unit
     elif recipe.pv == "fp16":
         weight = weight.half().float()

@@ -1,0 +1,93 @@
+"""The quantised Triton kernel in Triton's interpreter, against the reference tier. Run with TRITON_INTERPRET=1 set."""
+
+import pytest
+import torch
+
+from dit_accel.kernels import tuning
+from dit_accel.kernels.quant.api import choose, quantized_attention
+from dit_accel.quant import PRESETS, Quant
+
+SMALL = tuning.Tuning(block_q=32, full=32, tested=32, gathered=32, warps=4, stages=1)
+RECIPES = {
+    **{name: make() for name, make in PRESETS.items()},
+    "rows": Quant(qk="int4", pv="fp8", granularity="warp", p_scale="row", smooth_v=True),
+    "int8-row": Quant(qk="int8", pv="int8", granularity="token", smooth_q=True),
+    "int8-tile": Quant(qk="int8", pv="int8", p_scale="tile", smooth_v=True),
+    "logits-only": Quant(qk="int8", granularity="thread"),
+}
+FEATURES = {
+    "plain": {},
+    "batch": {"b": 2, "per_sample": True, "heads": 4, "kv_heads": 2},
+    "predicate": {"predicate": "box2+always", "gate": "h"},
+    "orders": {"order": "heads", "kv_order": "heads", "kv_heads": 1, "predicate": "disc"},
+    "dead": {"b": 2, "alive": [61, 0], "kv_order": "shared", "predicate": "band", "empty": True},
+    "dead-shared": {"alive": [40], "kv_heads": 1},
+}
+
+
+def compare(case, recipe, **arguments):
+    run = {
+        tier: quantized_attention(
+            case.q, case.k, case.v, case.plan, recipe, scale=case.scale, kv_valid=case.kv_valid, backend=tier,
+            return_lse=True, **arguments,
+        )
+        for tier in ("triton", "reference")
+    }  # fmt: skip
+    out, expected = run["triton"][0].double(), run["reference"][0].double()
+    assert out.isfinite().all()
+    torch.testing.assert_close(run["triton"][1], run["reference"][1], atol=1e-4, rtol=1e-4)
+    # A quotient next to a rounding boundary moves one weight by one step.
+    step = {None: 0, "fp16": 2**-10, "fp8": 1 / 16, "int8": 1 / 127}[recipe.pv]
+    assert (out - expected).abs().max() <= 1e-5 + step * case.v.abs().max() / 4
+    assert (out - expected).abs().mean() <= 1e-5 + (3e-4 if recipe.pv else 0)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_equals_the_reference(make_case, name, features):
+    compare(make_case(seed=len(name), n_q=37, tile=(32, 32), dim=32, **FEATURES[features]), RECIPES[name])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dim", [16, 64, 72, 96, 256])
+def test_head_dims(make_case, name, dim):
+    compare(make_case(seed=dim, dim=dim, n_q=40, n_k=70, tile=(32, 32), heads=1), PRESETS[name]())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sage1", "sage2-int4", "logits-only"])
+def test_16_bit_inputs(make_case, dtype, name):
+    case = make_case(dtype=dtype, n_q=40, n_k=70, tile=(32, 32), dim=32, bshd=True)
+    out = [
+        quantized_attention(case.q, case.k, case.v, case.plan, RECIPES[name], scale=case.scale, backend=tier)[0]
+        for tier in ("triton", "reference")
+    ]
+    assert out[0].dtype == dtype
+    torch.testing.assert_close(*out, atol=0.02, rtol=0.02)
+
+
+def test_blocks_smaller_than_tiles(make_case, monkeypatch):
+    monkeypatch.setattr(tuning, "EMULATED", SMALL)
+    for name in ("logits-only", "sage1"):
+        compare(make_case(tile=(64, 96), n_q=150, n_k=200, dim=32, predicate="box1"), RECIPES[name])
+
+
+def test_the_kernel_is_taken_by_name_only(make_case):
+    case = make_case()
+    assert choose(case.q, case.plan, Quant.sage2(), backend="triton")[0] == "quant-triton"
+    assert choose(case.q, case.plan, Quant.sage2())[0] == "quant-reference"
+    with pytest.raises(NotImplementedError, match="qk=None"):
+        choose(case.q, case.plan, Quant(qk=None, pv="fp8"), backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_fault_is_never_hidden(make_case, where):
+    case = make_case(n_q=64, n_k=64, tile=(32, 32), dim=32, per_head=False)
+    getattr(case, where)[0, 0, 20, 3] = torch.nan
+    for name in PRESETS:
+        out, _ = quantized_attention(
+            case.q, case.k, case.v, case.plan, PRESETS[name](), scale=case.scale, backend="triton"
+        )
+        assert not out[0, 0, :32].isfinite().all()
+        assert out[0, 1].isfinite().all()

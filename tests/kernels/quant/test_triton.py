@@ -1,0 +1,145 @@
+"""The quantised Triton kernel: its interpreter suite in a process of its own, and what it compiles to without a GPU."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.kernels import Band, BlockList, Gate, Predicate, TilePlan
+from dit_accel.quant import PRESETS, Quant
+
+SUITE = Path(__file__).with_name("interpreter_suite.py")
+
+if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
+    pytest.skip("Triton is not installed", allow_module_level=True)
+tier = importlib.import_module("dit_accel.kernels.quant.triton")
+operands = importlib.import_module("dit_accel.kernels.quant.operands")
+tuning = importlib.import_module("dit_accel.kernels.tuning")
+if tier.plain.interpreted() and not os.environ.get("CI"):
+    pytest.skip("the process was started with TRITON_INTERPRET=1", allow_module_level=True)
+
+N, HEADS = 256, 2
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB per block, CUDA C++ programming guide
+
+
+def test_interpreter_suite():
+    """Triton decides on import whether it interprets, so the suite runs in a process with the variable set."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-Werror::RuntimeWarning"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[3], timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
+    assert "skipped" not in done.stdout
+
+
+def described(values, path=()):
+    """Signature, constants and divisibility of run-time arguments, as a launch would specialise them."""
+    signature, constants, attributes = [], {}, {}
+    for index, value in enumerate(values):
+        at = (*path, index)
+        if isinstance(value, tuple):
+            inner, more_constants, more_attributes = described(value, at)
+            signature.append(tuple(inner))
+            constants |= more_constants
+            attributes |= more_attributes
+        elif value is None or (isinstance(value, int) and value == 1):
+            signature.append("constexpr")
+            constants[at] = value
+        else:
+            tensor = isinstance(value, torch.Tensor)
+            signature.append(f"*{TYPES[value.dtype]}" if tensor else "i32")
+            if tensor or value % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """``build(arch, dim, recipe, tested)`` -> the compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+    def make(arch, dim, recipe, *, tested=False, dead=False):
+        monkeypatch.setattr(tier.plain, "_tuning", lambda plan, q, d, tile_q, tile_k: tuning.tuning(
+            divmod(arch, 10), d, q.element_size(), tile_q, tile_k
+        ))  # fmt: skip
+        lists = BlockList.from_mask(torch.ones(1, 1, N // 128, N // 128, dtype=torch.bool))
+        slots = torch.arange(N, dtype=torch.int32)
+        extra = ()
+        if tested:
+            band = Band(slots, slots, slots, slots, torch.zeros(4, 4, dtype=torch.int32))
+            extra = lists, Predicate(band=band), Gate(torch.zeros(1, HEADS, 16, 16, dtype=torch.uint8), slots, slots)
+        plan = TilePlan(128, 128, N, N, lists, *extra)
+        q = torch.zeros(1, HEADS, N, dim, dtype=torch.bfloat16)
+        live = torch.ones(1, 1, N, dtype=torch.bool) if dead else None
+        x = operands.prepare(q, q, q, recipe, scale=1.0, live_k=live)
+        v = tier.values_for(x.v)
+        entry = tier.tuned(q, x, plan, recipe)
+        lse = torch.zeros(1, HEADS, N) if dead else None
+        values = tier.arguments(x, v, q, lse, plan, recipe, scale=1.0, live=live)
+        fixed = tier.constants(x, v, plan, recipe, entry, bounded=dead) | {"EMULATED": False}
+        signature, constants, attributes = described(values)
+        names = tier.forward.arg_names
+        assert names[len(values) :] == list(fixed)
+        source = ASTSource(
+            tier.forward,
+            dict(zip(names, signature, strict=False)) | dict.fromkeys(fixed, "constexpr"),
+            constants | {(names.index(name),): value for name, value in fixed.items()},
+            attributes,
+        )
+        options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    return make
+
+
+# (architecture, preset) -> the instructions that multiply Q with K and P with V.
+INSTRUCTIONS = {
+    (80, "sage1"): (r"m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8", r"m16n8k16.*f16\.f16\.f16\.f16"),
+    (89, "sage2"): (r"m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8", r"m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32"),
+    (89, "sage2pp"): (r"m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8", r"m16n8k32\.row\.col\.f16\.e4m3\.e4m3\.f16"),
+    (90, "sage2"): (r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", r"m64n\d+k32\.f32\.e4m3\.e4m3"),
+    (90, "sage2-int4"): (r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", r"m64n\d+k32\.f32\.e4m3\.e4m3"),
+    (90, "sage2pp"): (r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", r"m64n\d+k32\.f16\.e4m3\.e4m3"),
+    (100, "sage2"): (r"tcgen05\.mma\S*kind::i8", r"tcgen05\.mma\S*kind::f8f6f4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "name"), INSTRUCTIONS)
+def test_matrix_instructions(build, arch, name):
+    compiled = build(arch, 128, PRESETS[name]())
+    for pattern in INSTRUCTIONS[arch, name]:
+        assert re.search(pattern, compiled.asm["ptx"]), pattern
+    assert "cp.async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch] * 1024
+
+
+def test_every_feature_compiles_together(build):
+    recipe = Quant(qk="int4", pv="fp8", smooth_v=True, p_scale="row")
+    ptx = build(90, 72, recipe, tested=True, dead=True).asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_fp8_products_are_summed_in_two_levels(build, arch):
+    """The sum over one block starts from zero and joins the float32 accumulator by an addition of its own."""
+    text = build(arch, 64, Quant.sage2()).asm["ttgir"]
+    zeros = set(re.findall(r"(%\S+) = arith.constant dense<0\.0+e\+00>", text))
+    dots = [line for line in text.splitlines() if re.search(r"(tt\.dot|warp_group_dot)\b", line) and "f8E4M3FN" in line]
+    assert dots
+    for line in dots:
+        assert re.search(r"dot %\S+, %\S+, (%\w+)", line)[1] in zeros
