@@ -87,7 +87,9 @@ def count(model: nn.Module, family: Family, layout: Layout, text: int) -> Operat
     cross = family.find_cross_sites(model)
     words, main = text or layout.text, layout.tokens - layout.text
     keys = re.compile("|".join(rf"{re.escape(name)}\.to_[kv]" for name, _ in cross) or r"(?!)")
-    branched = {_block(name) for name, _ in model.named_modules() if _TEXT.search(name)}
+    names = [name for name, _ in model.named_modules()]
+    branched = {_block(name) for name in names if _TEXT.search(name) and not _ONCE.search(name)}
+    active = _active_experts(getattr(model, "config", {}))
     linear = 0.0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -101,7 +103,7 @@ def count(model: nn.Module, family: Family, layout: Layout, text: int) -> Operat
             rows = layout.tokens
         else:
             rows = main
-        linear += 2.0 * weight.numel() * rows
+        linear += 2.0 * weight.numel() * rows * (active if ".experts." in name else 1)
     widths = [_width(module) for _, module in sites]
     return Operations(
         attention=sum(attention_flops(layout.tokens, layout.tokens, width) for width in widths),
@@ -113,15 +115,23 @@ def count(model: nn.Module, family: Family, layout: Layout, text: int) -> Operat
     )
 
 
-# Layers that see one row per sample, and layers of a text branch, by how diffusers names them.
-_ONCE = re.compile(r"time|guidance|norm|_mod\.")
-_TEXT = re.compile(r"add_|context|txt_|text_|caption")
+# Layers that see one row per sample, and layers of a text or sound branch, by how diffusers names them. The counts of a
+# branch beside the video are rough: they are a few hundred tokens against many thousands.
+_ONCE = re.compile(r"time|guidance|norm|odulation|ada[lL][nN]|\bt_embedder|pooled|scale_shift|_gate\.|_mod\.")
+_TEXT = re.compile(
+    r"add_|context|txt_|text_|caption|cap_embedder|audio|image_embedder|[kv]_img|_t\b|cross_attention\.to_(key|value)"
+)
 
 
 def _block(name: str) -> str:
     """``single_transformer_blocks.3`` of a module inside that block, else nothing."""
-    found = re.match(r"\w*blocks\.\d+(?=\.)", name)
+    found = re.match(r"(\w*blocks|layers)\.\d+(?=\.)", name)
     return found[0] if found else ""
+
+
+def _active_experts(config: Any) -> float:
+    """The share of its experts that a token passes."""
+    return config.get("num_activated_experts", 1) / config.get("num_routed_experts", 1)
 
 
 def _width(module: Any) -> int:
