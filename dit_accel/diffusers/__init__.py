@@ -18,6 +18,8 @@ _NAMES = {
     "known_families": "families",
     "family_of": "families",
     "register_family": "families",
+    "Probed": "probe",
+    "probe_family": "probe",
     "Stats": "stats",
 }
 
@@ -34,5 +36,6 @@ if TYPE_CHECKING:
     from .api import denoisers, describe, engines, install, reset_attn_processor, set_attn_processor
     from .engine import Engine
     from .families import Family, family_of, known_families, register_family
+    from .probe import Probed, probe_family
     from .report import Description
     from .stats import Stats

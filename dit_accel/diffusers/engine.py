@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 from collections import deque
@@ -32,7 +31,6 @@ from .stats import Stats
 from .tracker import StepTracker
 
 logger = logging.getLogger("dit_accel")
-_numbers = itertools.count()
 _UNSEEN = object()
 
 
@@ -84,7 +82,7 @@ class Engine:
             processor.method.check_model(facts_of(model, family))
         for cls in {type(stock_of(module.processor)) for _, module in sites}:
             derive(cls)
-        self.id = next(_numbers)
+        self.id = ops.new_id()
         self.family = family
         self.processor = processor
         self.state = State()

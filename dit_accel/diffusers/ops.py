@@ -6,6 +6,7 @@ never recompiles over steps. Eager calls reach the engine directly and keep auto
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,14 @@ from ..errors import UnsupportedError
 
 # Engines by id. Weak: an engine lives on the hooks of its model.
 ENGINES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # a captured graph would replay the warm-up's decisions for ever
+
+
+def new_id() -> int:
+    """A number for :data:`ENGINES` that no other engine of this process has."""
+    return next(_numbers)
 
 
 @dataclass
@@ -78,7 +85,9 @@ def redirect(
     """What derived processors call in the place of ``function``. ``handle``: int64 ``[engine, layer]``."""
     if attention_kwargs is not None:
         extra["attention_kwargs"] = attention_kwargs
-    if torch.compiler.is_compiling() and extra.get("parallel_config") is None and attention_kwargs is None:
+    plain = extra.get("parallel_config") is None and attention_kwargs is None
+    plain = plain and (attn_mask is None or isinstance(attn_mask, Tensor))
+    if torch.compiler.is_compiling() and plain:
         backend = extra.get("backend")
         backend = None if backend is None else str(backend.value)
         return attend(

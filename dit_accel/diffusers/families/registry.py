@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import UnsupportedError, UsageError
 from . import image, video
-from .probe import proposal
+from .proposal import proposal
 from .row import Family
 
 logger = logging.getLogger("dit_accel")

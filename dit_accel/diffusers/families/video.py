@@ -110,7 +110,15 @@ _HISTORY = tuple(
 FAMILIES = (
     Family(
         name="wan",
-        models=("WanTransformer3DModel", "ChronoEditTransformer3DModel"),
+        models=("WanTransformer3DModel",),
+        sites=r"blocks\.\d+\.attn1",
+        cross_sites=r"blocks\.\d+\.attn2",
+        reads=("hidden_states",),
+        layout=_bcthw,
+    ),
+    Family(
+        name="chronoedit",
+        models=("ChronoEditTransformer3DModel",),
         sites=r"blocks\.\d+\.attn1",
         cross_sites=r"blocks\.\d+\.attn2",
         reads=("hidden_states",),

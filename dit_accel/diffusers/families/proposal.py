@@ -1,4 +1,4 @@
-"""The probe: what a transformer class without a row tells about itself, as the row to write."""
+"""The proposal: what a transformer class without a row tells about itself, as the row to write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def proposal(model: nn.Module, known: Sequence[Family]) -> str:
     arguments = list(inspect.signature(type(model).forward).parameters)[1:]
     timestep = next((a for a in arguments if a in ("timestep", "timesteps", "t")), None)
     lines = [
-        f"{name} is not a known transformer. Known: {listed}. Write its row and set the processor again:",
+        f"{name} is not a known transformer. Known: {listed}. Let its row be found from one forward of a tiny "
+        "configuration, dit_accel.diffusers.probe_family(model, {<argument of forward>: <value>, ...}), or write it, "
+        "and set the processor again:",
         "    from dit_accel import Layout",
         "    from dit_accel.diffusers import Family, register_family",
         f"    register_family(Family(name={name.lower()!r}, models=({name!r},),",

@@ -1,4 +1,4 @@
-"""What a class without a row is told: the row to write, as far as the model tells it."""
+"""Which row serves a class: ours, those of entry points, and what is told where there is none."""
 
 import re
 
