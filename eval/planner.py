@@ -13,7 +13,7 @@ from .. import cost
 from ..diffusers.facts import facts_of
 from ..errors import DitAccelError, UnsupportedError, UsageError
 from ..functional import plan as make_plan
-from ..kernels.block_sparse import choose
+from ..functional import tier_of
 from ..layout import Layout
 from ..lowering import lower
 from ..methods import Call, Method, Paro
@@ -25,6 +25,8 @@ from ..pipelines.load import pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
 from ..pipelines.prompts import Prompt
 from ..plans import Plan
+from ..processors import Processor
+from ..quant import resolve_quant
 from ..schedule import Schedule
 from ..step import Step
 from .atlas import synthetic_tensors
@@ -66,6 +68,7 @@ def answer(question: Question) -> dict[str, Any]:
     device = pick_device(question.device)
     dtype = pick_dtype(question.dtype, device)
     branches = _branches(info, shot)
+    processor = shot.choice.processor
     result: dict[str, Any] = {
         "model": {"name": info.name, "pipeline": info.pipeline_class.__name__, "transformer": info.transformer_class},
         "run": {
@@ -79,7 +82,8 @@ def answer(question: Question) -> dict[str, Any]:
         "operations": _operations(operations, shot.steps * branches),
         "notes": list(shot.choice.notes),
     }  # fmt: skip
-    processor = shot.choice.processor
+    if processor is not None and processor.quant is not None:
+        result["notes"].append("quantised products are not part of the prediction")
     if processor is None or processor.method is None:
         result["method"] = None
         return result | {"verdict": _dense_verdict(operations)}
@@ -106,7 +110,7 @@ def answer(question: Question) -> dict[str, Any]:
             "plan_tables": found.tables,
             "state": method.state_bytes(layout, layers=operations.layers, heads=operations.heads, batch=branches),
         },
-        "tier": _tier(found, device, dtype, operations, processor.backend),
+        "tier": _tier(found, device, dtype, operations, processor),
     }  # fmt: skip
     return result | {"verdict": _verdict(result)}
 
@@ -257,20 +261,28 @@ def _bytes(plan: Plan) -> int:
 
 
 def _tier(
-    found: _Found, device: torch.device, dtype: torch.dtype, operations: Operations, backend: str
+    found: _Found, device: torch.device, dtype: torch.dtype, operations: Operations, processor: Processor
 ) -> dict[str, Any]:
-    """The tier that would run on this machine, and why those before it would not."""
-    plan = found.plan or found.trial
-    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    """The tier that would run on this machine, and why those before it would not; and the one of NVIDIA GPUs."""
+    plan, dim = found.plan or found.trial, operations.width // operations.heads
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "on_gpus": _on_gpus(dim)}
     if plan is None:
         return {**where, "name": None, "why": found.why}
     # The verdict follows from device, dtype, head size and the plan's form.
-    q = torch.empty((1, operations.heads, 1, operations.width // operations.heads), dtype=dtype, device=device)
-    try:
-        name, why = choose(q, lower(plan.to(device)), backend=backend)
-    except NotImplementedError as error:
-        raise UnsupportedError(str(error)) from None
+    q = torch.empty((1, operations.heads, 1, dim), dtype=dtype, device=device)
+    quant = resolve_quant(processor.quant, device)
+    name, why = tier_of(lower(plan.to(device)), q, backend=processor.backend, quant=quant)
     return {**where, "name": name, "why": why}
+
+
+def _on_gpus(dim: int) -> dict[str, Any]:
+    """What NVIDIA GPUs of compute capability 8.0 and newer would run in bfloat16, as far as it shows without one."""
+    try:
+        from ..kernels.block_sparse import triton
+    except ImportError as error:
+        return {"name": "flex", "why": f"triton is not importable here ({error})"}
+    why = triton.unsuited(torch.bfloat16, dim)
+    return {"name": "flex", "why": f"triton: {why}"} if why else {"name": "triton", "why": "first choice there"}
 
 
 def _dense_verdict(operations: Operations) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def _method_lines(found: dict[str, Any]) -> list[str]:
     told.append(
         f"tier        {runs} on {tier['device']} in {tier['dtype']}" + (f" ({tier['why']})" if tier["why"] else "")
     )
+    gpus = tier["on_gpus"]
+    told.append(f"  on GPUs   {gpus['name']} from sm80 on, in bfloat16 ({gpus['why']})")
     if found["predictions"]:
         told.append("predicted gain of the loop, not measured")
         rows = [("class", "devices", "attention's time", "gain", "with a perfect kernel")]

@@ -36,10 +36,15 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]}; the kernel needs 8.0 or newer"
-    if q.dtype not in _DTYPES:
-        return f"dtype {q.dtype}; the kernel takes float32, float16 and bfloat16"
-    if not 1 <= q.shape[-1] <= _MAX_DIM:
-        return f"head dim {q.shape[-1]}; the kernel takes 1 to {_MAX_DIM}"
+    return unsuited(q.dtype, q.shape[-1])
+
+
+def unsuited(dtype: torch.dtype, dim: int) -> str | None:
+    """Why the kernel takes this dtype or head dimension on no device, or None."""
+    if dtype not in _DTYPES:
+        return f"dtype {dtype}; the kernel takes float32, float16 and bfloat16"
+    if not 1 <= dim <= _MAX_DIM:
+        return f"head dim {dim}; the kernel takes 1 to {_MAX_DIM}"
     return None
 
 
