@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,8 +42,10 @@ class Flags:
         total = out.sum(dtype=torch.float32)
         self._raised[layer] |= (~torch.isfinite(total)).to(torch.int32)
 
-    def read(self) -> list[int]:
-        """Layers whose flag is raised. The one host sync of a forward."""
+    def read(self, group: Any = None) -> list[int]:
+        """Layers whose flag is raised, on any rank of a process ``group``. The one host sync of a forward."""
+        if group is not None:
+            torch.distributed.all_reduce(self._raised, torch.distributed.ReduceOp.MAX, group=group)
         return torch.nonzero(self._raised).flatten().tolist()
 
     def clear(self) -> None:

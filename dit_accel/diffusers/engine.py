@@ -27,6 +27,7 @@ from .facts import facts_of
 from .families import Family
 from .hooks import Seat
 from .masks import Live, Unreadable, live_keys
+from .parallel import Refused, Share, Ulysses
 from .stats import Stats
 from .tracker import StepTracker
 
@@ -38,7 +39,8 @@ _UNSEEN = object()
 class Forward:
     """What is known of the forward under way. ``trial``: the guard repeats it and checks call by call.
 
-    ``layouts``: one, or one per kind of site; empty where the arguments do not tell.
+    ``layouts``: one, or one per kind of site; empty where the arguments do not tell. ``ulysses``: the ranks that it is
+    shared with, once a call has told.
     """
 
     layouts: tuple[Layout, ...]
@@ -46,6 +48,7 @@ class Forward:
     trial: bool = False
     checked: bool = False
     masks: list[tuple[Any, Layout, Live | str | None]] = field(default_factory=list)
+    ulysses: Ulysses | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -156,7 +159,7 @@ class Engine:
             return None
         forward.checked = False
         self.stats.flag_reads += 1
-        raised = self._flags.read()
+        raised = self._flags.read(forward.ulysses and forward.ulysses.group)
         if not raised:
             return None
         self._flags.clear()
@@ -176,7 +179,7 @@ class Engine:
     def _too_late(self, forward: Forward) -> None:
         """The last forward could not be repeated, it was part of a larger graph: its fault is counted and told now."""
         self.stats.flag_reads += 1
-        raised = self._flags.read()
+        raised = self._flags.read(forward.ulysses and forward.ulysses.group)
         if raised:
             self._flags.clear()
             self._blame(raised[0], forward.step)
@@ -198,13 +201,15 @@ class Engine:
     def attend(self, layer: int, call: ops.Primitive) -> Tensor:
         """The result of one attention call at ``layer``, sparse or stock."""
         with self.stats.timed("attention", call.query.device):
-            layout = live = None
+            layout = live = share = None
             try:
                 reason = self._dense_reason(call)
                 if reason is None:
-                    self.stats.layers[layer].layout = layout = self._understand(call)
+                    layout, share = self._understand(call)
+                    self.stats.layers[layer].layout = layout
                     reason = self._dense_step(layer)
                 if reason is None:
+                    call = share.whole(call) if share else call
                     live = self._live_keys(call, layout)
             except _Unsupported as error:
                 if self.processor.on_unsupported == "error":
@@ -212,8 +217,15 @@ class Engine:
                 self.warn(f"{error}; such calls run dense")
                 reason = error.reason
             if reason is not None:
-                return self._dense(layer, call, reason)
-            return self._sparse(layer, call, layout, live)
+                out = self._dense(layer, call, reason)
+            else:
+                out = self._sparse(layer, call, layout, live)
+            # Only a call made whole is without the configuration: a stock dense one shares by itself.
+            return share.part(out) if share and "parallel_config" not in call.extra else out
+
+    def parallel_config(self, layer: int) -> Any:
+        """What ``enable_parallelism`` left on the layer, for compiled code that cannot carry it."""
+        return self._sites[layer].processor._parallel_config
 
     def _layouts_of(self, model: nn.Module, read: tuple[Any, ...]) -> tuple[Layout, ...]:
         """The family's layouts, each checked once against the method."""
@@ -246,7 +258,7 @@ class Engine:
         if turn:
             layout = live.layout
             q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
-        told = Call(layout, None, valid, layer, forward.step, self.state, 0, call.scale, q.device)
+        told = Call(layout, None, valid, layer, forward.step, self.state, call.head_offset, call.scale, q.device)
         with self.stats.timed("planning", q.device):
             plan = make_plan(q, k, v, method, told)
         if plan is None:
@@ -273,7 +285,8 @@ class Engine:
             self._flags.check(layer, out)
             forward.checked = True
             return True
-        if _finite(out) or not all(_finite(x) for x in inputs):
+        fine = _finite(out) or not all(_finite(x) for x in inputs)
+        if forward.ulysses.agree(fine, out.device) if forward.ulysses else fine:
             return True
         self._blame(layer, forward.step)
         return False
@@ -293,17 +306,28 @@ class Engine:
             return "schedule"
         return "guard" if layer in self._faulty else None
 
-    def _understand(self, call: ops.Primitive) -> Layout:
-        """The layout of the call's tokens. Raises :class:`_Unsupported` for what is not understood."""
+    def _understand(self, call: ops.Primitive) -> tuple[Layout, Share | None]:
+        """The layout of the call's tokens, and this rank's share of them under context parallelism.
+
+        Raises :class:`_Unsupported` for what is not understood.
+        """
+        try:
+            ulysses = self.forward.ulysses = Ulysses.of(call)
+            if ulysses is None:
+                return self._layout_of(call, _tokens(call)[0]), None
+            sizes = ulysses.sizes(call)
+            layout = self._layout_of(call, sum(sizes))
+            return layout, ulysses.share(sizes, layout, self.state, call.query.device)
+        except Refused as error:
+            raise _Unsupported("context-parallel", str(error)) from None
+
+    def _layout_of(self, call: ops.Primitive, tokens: int) -> Layout:
         forward, name = self.forward, self.family.name
-        if call.extra.get("parallel_config") is not None:
-            raise _Unsupported("context-parallel", "context parallelism is not served by sparse attention yet")
         if call.is_causal or call.dropout_p:
             what = "causal attention" if call.is_causal else f"attention dropout {call.dropout_p}"
             raise _Unsupported("causal" if call.is_causal else "dropout", f"{what} is not served")
         if not forward.layouts:
             raise _Unsupported("layout", f"family {name!r} cannot tell the token grid from these arguments of forward")
-        tokens, _ = _tokens(call)
         layout = next((layout for layout in forward.layouts if layout.tokens == tokens), None)
         left = tokens - forward.layout.tokens + forward.layout.text
         if layout is None and self.family.cuts_text and 0 <= left <= forward.layout.text:
@@ -357,8 +381,10 @@ class Engine:
 
 
 def _pairs(call: ops.Primitive) -> int:
-    """Query-key pairs of the call, over batch and heads."""
-    return call.query.shape[:-1].numel() * _tokens(call)[1]
+    """Query-key pairs of the call, over batch and heads; under context parallelism those of this rank's heads."""
+    config = getattr(call.extra.get("parallel_config"), "context_parallel_config", None)
+    ranks = config.ring_degree * config.ulysses_degree if config else 1
+    return call.query.shape[:-1].numel() * _tokens(call)[1] * ranks
 
 
 def _tokens(call: ops.Primitive) -> tuple[int, int]:

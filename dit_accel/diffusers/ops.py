@@ -35,7 +35,7 @@ class Primitive:
     """One call of the attention primitive, exactly as the stock processor made it.
 
     ``form`` is the layout of query, key and value: ``"BSHD"`` or ``"BHSD"``. ``extra``: what only the dispatcher
-    takes (``backend``, ``parallel_config``, ``attention_kwargs``).
+    takes (``backend``, ``parallel_config``, ``attention_kwargs``). ``head_offset``: global index of the first head.
     """
 
     form: str
@@ -49,6 +49,7 @@ class Primitive:
     scale: float | None = None
     enable_gqa: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    head_offset: int = 0
 
     def dense(self) -> Tensor:
         """The stock result, by the stock function with the stock arguments."""
@@ -85,13 +86,13 @@ def redirect(
     """What derived processors call in the place of ``function``. ``handle``: int64 ``[engine, layer]``."""
     if attention_kwargs is not None:
         extra["attention_kwargs"] = attention_kwargs
-    plain = extra.get("parallel_config") is None and attention_kwargs is None
-    plain = plain and (attn_mask is None or isinstance(attn_mask, Tensor))
+    plain = attention_kwargs is None and (attn_mask is None or isinstance(attn_mask, Tensor))
     if torch.compiler.is_compiling() and plain:
         backend = extra.get("backend")
         backend = None if backend is None else str(backend.value)
+        parallel = extra.get("parallel_config") is not None
         return attend(
-            query, key, value, attn_mask, handle, form, dropout_p, is_causal, scale, enable_gqa, backend
+            query, key, value, attn_mask, handle, form, dropout_p, is_causal, scale, enable_gqa, backend, parallel
         )  # fmt: skip
     call = Primitive(form, function, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, extra)
     if torch.compiler.is_compiling():
@@ -118,19 +119,23 @@ def attend(
     scale: float | None,
     enable_gqa: bool,
     backend: str | None,
+    parallel: bool = False,
 ) -> Tensor:
     function, extra = scaled_dot_product_attention, {}
     if form == "BSHD":
         from diffusers.models.attention_dispatch import dispatch_attention_fn as function
 
         extra = {"backend": backend}
+    if parallel:
+        number, layer = handle.tolist()
+        extra["parallel_config"] = ENGINES[number].parallel_config(layer)
     call = Primitive(form, function, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, extra)
     out = _run(handle, call).contiguous()
     return out.clone() if out.data_ptr() in {x.data_ptr() for x in (query, key, value)} else out
 
 
 @attend.register_fake
-def _(query, key, value, mask, handle, form, dropout_p, is_causal, scale, enable_gqa, backend):
+def _(query, key, value, mask, handle, form, dropout_p, is_causal, scale, enable_gqa, backend, parallel=False):
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

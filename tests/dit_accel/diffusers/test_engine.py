@@ -1,5 +1,7 @@
 """The engine's decisions, its counters, and the guard."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,7 +93,7 @@ def test_a_new_run_trusts_the_layer_again(monkeypatch):
 def test_the_guard_costs_one_read_per_forward_with_sparse_calls(wan, monkeypatch):
     model, call, _ = wan
     reads, read = [], Flags.read
-    monkeypatch.setattr(Flags, "read", lambda self: reads.append(1) or read(self))
+    monkeypatch.setattr(Flags, "read", lambda self, *group: reads.append(1) or read(self, *group))
     model.set_attn_processor(AllBlocksProcessor(**{**SPARSE, "schedule": Schedule(first=1)}))
     for timestep in (900, 600, 300):
         model(**{**call, "timestep": torch.full((2,), timestep)})
@@ -134,7 +136,7 @@ def test_what_the_engine_does_not_understand_gets_the_stock_arguments(wan, monke
     assert {name: seen[-1][name] for name in expected} == expected
 
 
-def test_context_parallelism_runs_stock_and_says_so(wan):
+def test_ring_attention_runs_stock_and_says_so(wan):
     model, call, _ = wan
     model.set_attn_processor(AllBlocksProcessor(**SPARSE))
     model(**call)
@@ -144,12 +146,13 @@ def test_context_parallelism_runs_stock_and_says_so(wan):
         seen.append(arguments["parallel_config"])
         return query
 
-    config = object()
+    degrees = SimpleNamespace(ring_degree=2, ulysses_degree=1)
+    config = SimpleNamespace(context_parallel_config=degrees)
     assert model.blocks[0].attn1.processor._attend_bshd(primitive, q, q, q, parallel_config=config) is q
     assert seen == [config]
     stats = engines(model)[0].stats
     assert stats.dense == {"context-parallel": 1}
-    assert "context parallelism" in stats.warnings[-1]
+    assert "use ContextParallelConfig(ulysses_degree=2)" in stats.warnings[-1]
 
 
 def test_on_unsupported_error_raises(wan):
