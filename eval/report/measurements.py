@@ -53,9 +53,10 @@ def _attention(source: Source) -> Markup:
 
 def _maps(name: str, one: dict[str, Any]) -> list[Markup]:
     titles = {"rel_l1": "relative L1 error", "recall": "mass kept", "density": "density"}
+    scales = {"recall": (None, None), "density": (0.0, 1.0)}
     layers = [f"layer {row['layer']}" for row in one["layers"]]
     maps = [
-        charts.heat(one["heat"][key], title=f"{name}: {title}", x="step", y=layers, low=key != "recall")
+        charts.heat(one["heat"][key], title=f"{name}: {title}", x="step", y=layers, scale=scales.get(key, (0.0, None)))
         for key, title in titles.items()
         if one["heat"].get(key)
     ]

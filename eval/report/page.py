@@ -135,7 +135,8 @@ def _details(source: Source) -> Markup:
     layers = [row for row in data["attention"].get("layers", []) if row["density"] is not None]
     if layers:
         title = "Density by layer, as of its last sparse call"
-        figures.append(charts.heat([[row["density"] for row in layers]], title=title, x="layer", y=["density"]))
+        row = [layer["density"] for layer in layers]
+        figures.append(charts.heat([row], title=title, x="layer", y=["density"], scale=(0.0, 1.0)))
     facts = [f"{method_of(data)} on {data['device']['name']}"]
     if compare and compare["attention_share"] is not None:
         facts.append(f"attention is {compare['attention_share']:.0%} of the dense loop")
