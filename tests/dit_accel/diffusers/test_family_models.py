@@ -70,6 +70,17 @@ def test_random_blocks_equal_an_independent_masked_computation(ran, monkeypatch)
     assert (out - stock).abs().max() > 1e-4, "the mask must matter"
 
 
+@torch.no_grad()
+def test_layers_are_numbered_as_they_run(ran):
+    case, _ = ran
+    sites, order = family_of(case.model).find_sites(case.model), []
+    hooks = [site.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, site in sites]
+    case.model(**case.call)
+    for hook in hooks:
+        hook.remove()
+    assert order == [name for name, _ in sites]
+
+
 def random_mask(layout, turn):
     """bool (N, N), from the published rule of RandomBlocks: seeded noise per block pair, text always seen and dense.
 
