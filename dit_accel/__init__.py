@@ -36,6 +36,7 @@ _NAMES = {
     "AdaSpa": "methods",
     "VMoBA": "methods",
     "Rectified": "methods",
+    "Pyramid": "methods",
     "AllBlocks": "methods",
     "RandomBlocks": "methods",
     "Processor": "processors",
@@ -47,6 +48,7 @@ _NAMES = {
     "AdaSpaProcessor": "processors",
     "VMoBAProcessor": "processors",
     "RectifiedProcessor": "processors",
+    "PyramidProcessor": "processors",
     "QuantProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
@@ -81,7 +83,20 @@ if TYPE_CHECKING:
     from .functional import attend, plan
     from .guard import Guard
     from .layout import Layout, Segment
-    from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, Rectified, VMoBA
+    from .methods import (
+        GNA,
+        AdaSpa,
+        AllBlocks,
+        Clear,
+        Method,
+        Paro,
+        Pisa,
+        Pyramid,
+        Radial,
+        RandomBlocks,
+        Rectified,
+        VMoBA,
+    )
     from .plans import Plan
     from .processors import (
         AdaSpaProcessor,
@@ -91,6 +106,7 @@ if TYPE_CHECKING:
         ParoProcessor,
         PisaProcessor,
         Processor,
+        PyramidProcessor,
         QuantProcessor,
         RadialProcessor,
         RandomBlocksProcessor,

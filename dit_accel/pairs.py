@@ -28,7 +28,8 @@ def count_pairs(plan: Plan) -> tuple[float, float]:
     terms = [_listed_pairs(plan, plan.full, [_per_block(w, plan.k_blocks) for w in keys], rows)]
     for group in plan.reps:
         live = (group.count > 0).double()
-        main = live * k_main[..., group.bounds[:-1]]
+        # One that stands for nothing may begin where the tokens end.
+        main = live * k_main[..., group.bounds[:-1].clamp_max(plan.k_blocks.n - 1)]
         weights = [w.unflatten(-1, (-1, group.width)).sum(-1) for w in (live, main)]
         terms.append(_listed_pairs(plan, group.seen, weights, rows))
     if plan.partial is not None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
-from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Radial, RandomBlocks, Rectified, VMoBA
+from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Pyramid, Radial, RandomBlocks, Rectified, VMoBA
 from .quant import Quant, parse_quant, quant_name
 from .schedule import Schedule
 
@@ -184,6 +184,12 @@ class RectifiedProcessor(_MethodProcessor):
     method_class = Rectified
 
 
+class PyramidProcessor(_MethodProcessor):
+    """PSA: the less a block matters, the coarser its keys. Images and video."""
+
+    method_class = Pyramid
+
+
 class QuantProcessor(Processor):
     """Dense attention with quantised products: every pair, no method, and every step unless ``schedule`` says so."""
 
@@ -216,6 +222,7 @@ PROCESSORS: dict[str, type[_MethodProcessor]] = {
         VMoBAProcessor,
         PisaProcessor,
         RectifiedProcessor,
+        PyramidProcessor,
         AllBlocksProcessor,
         RandomBlocksProcessor,
     )

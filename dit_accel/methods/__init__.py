@@ -6,6 +6,7 @@ from .clear import Clear
 from .gna import GNA
 from .paro import Paro
 from .pisa import Pisa
+from .pyramid import Pyramid
 from .radial import Radial
 from .rectified import Rectified
 from .testing import AllBlocks, RandomBlocks
@@ -22,6 +23,7 @@ __all__ = [
     "ModelFacts",
     "Paro",
     "Pisa",
+    "Pyramid",
     "Radial",
     "RandomBlocks",
     "Rectified",

@@ -39,10 +39,10 @@ def gilbert(grid: Grid, longest_first: bool = False) -> Tensor:
     return order
 
 
-def curve_order(layout: Layout, curve: str | None) -> Tensor | None:
+def curve_order(layout: Layout, curve: str | None, longest_first: bool = False) -> Tensor | None:
     """int64 (N,) slot -> token: the main segment along ``curve``, then every other token; None where nothing moves."""
     token, main = torch.arange(layout.tokens), layout.main
-    inside = token[main] if curve is None else main.start + gilbert(layout.grid)
+    inside = token[main] if curve is None else main.start + gilbert(layout.grid, longest_first)
     order = torch.cat([inside, token[: main.start], token[main.stop :]])
     return None if torch.equal(order, token) else order
 

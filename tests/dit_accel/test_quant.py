@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+import represented
 import torch
 from paro_plans import plan_file
 
@@ -21,6 +22,7 @@ SETTINGS = {
     "vmoba": {"chunks": (2, (3, 4), (2, 3, 4)), "k": 2},
     "pisa": {"block_size": 16, "density": 0.5},
     "rectified": {"block_size": 16},
+    "pyramid": {"block_q": 32, "block_k": 16},
     "adaspa": {"block_size": 16, "density": 0.5},
     "all-blocks": {"block_size": 32},
     "random-blocks": {"block_size": 16},
@@ -80,6 +82,19 @@ def test_keys_with_a_large_common_bias(name, tmp_path):
         expected = attend(*(x.double() for x in (q, k, v)), plan=plan, layout=layout, backend="reference")
         lost.append(error(attend(q, k, v, plan=plan, layout=layout, quant=COMPUTE["int8"]).double(), expected))
     assert lost[1] <= 1.5 * lost[0]
+
+
+@pytest.mark.parametrize("smooth_v", [False, True])
+@pytest.mark.parametrize("features", represented.CASES)
+def test_representatives_are_not_quantised(features, smooth_v):
+    """With FP8 weights and values alone, what is left of the error is theirs."""
+    settings = represented.CASES[features]
+    order = torch.randperm(sum(settings["sizes"]), generator=torch.Generator().manual_seed(1))
+    q, k, v, plan, kind = represented.case(**settings, order=order)
+    expected, _ = represented.brute(q, k, v, plan, kind, settings["sizes"])
+    for quant, limit in ((Quant(qk=None, pv="fp8", smooth_v=smooth_v), 0.03), (Quant(qk=None, pv="fp16"), 1e-3)):
+        out = attend(q, k, v, plan=plan, layout=plan.layout, quant=quant)
+        assert error(out.double(), expected) < limit
 
 
 def test_presets_are_the_published_recipes():
