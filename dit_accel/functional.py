@@ -133,7 +133,7 @@ def tiled(
     """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
     own = lower(plan)
     tier, _ = tier_of(own, q, backend=backend, return_lse=return_lse, quant=quant)
-    if tier != "triton":
+    if tier not in ("triton", "quant-triton"):
         return own
     from .kernels.block_sparse.triton import tile_for
 

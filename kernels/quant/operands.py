@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..tileplan import TilePlan
 from . import smooth
 from .quantisers import groups, quantize
 from .recipe import BITS, Recipe
@@ -83,6 +84,20 @@ def prepare(
             v = _blank(v - v_mean, live_k)
         v, v_scale = quantize_values(v, recipe.pv, narrow=recipe.narrow)
     return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean, v_mean, q_mean, k_smooth)
+
+
+def smoothed(plan: TilePlan, x: Operands, q: Tensor) -> TilePlan:
+    """``plan`` with representatives of the smoothed keys and values: all logits of a row then share one offset."""
+
+    def less(pooled: Tensor, mean: Tensor | None) -> Tensor:
+        if mean is None:
+            return pooled
+        heads = max(pooled.shape[1], mean.shape[1])
+        pooled, mean = (part.repeat_interleave(heads // part.shape[1], 1) for part in (pooled.float(), mean))
+        return (pooled - mean).to(q.dtype)
+
+    reps = (replace(group, key=less(group.key, x.k_mean), value=less(group.value, x.v_mean)) for group in plan.reps)
+    return replace(plan, reps=tuple(reps))
 
 
 def _by_token(codes: Tensor, scales: Tensor, role: str, granularity: str, tiles: dict) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..block_sparse import gather
-from ..representatives import Group
 from ..tileplan import TilePlan
-from .operands import Operands
+from .operands import Operands, smoothed
 from .recipe import Recipe
 from .values import FP16_CHAIN, LIMIT, ROUND
 
@@ -33,7 +32,7 @@ def attention(
     block-sparse tiers. Reads only the listed tiles; memory is O(tile_q x visited keys).
     """
     x = replace(x, k=x.k.float(), v=x.v.float())
-    plan = replace(plan, reps=tuple(_smoothed(group, x, q.shape[1]) for group in plan.reps))
+    plan = smoothed(plan, x, q)
     out = q.new_empty((*q.shape[:3], x.v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for tile in range(plan.tiles_q):
@@ -121,17 +120,3 @@ def _product(weight: Tensor, fade: Tensor, values: Tensor, recipe: Recipe) -> Te
     weight = pad(weight, (0, rest)).unflatten(-1, (-1, chain)).movedim(2, -2)
     values = pad(values, (0, 0, 0, rest)).unflatten(3, (-1, chain))
     return ((weight @ values).half().float() * fade.movedim(2, 3)[:, :, :, None]).sum((2, 3))
-
-
-def _smoothed(group: Group, x: Operands, heads: int) -> Group:
-    """Representatives of the smoothed keys and values: all logits of a row then share one offset."""
-    key, value = group.key.float(), group.value.float()
-    if x.k_mean is not None:
-        key = _each(key, heads) - _each(x.k_mean, heads)
-    if x.v_mean is not None:
-        value = _each(value, heads) - _each(x.v_mean, heads)
-    return replace(group, key=key, value=value)
-
-
-def _each(x: Tensor, heads: int) -> Tensor:
-    return gather.repeat_heads(x, heads, heads // x.shape[1])

@@ -12,7 +12,7 @@ from ..block_sparse import triton as plain
 from ..predicate import Predicate
 from ..tileplan import TilePlan
 from ..tuning import Tuning
-from .operands import Operands
+from .operands import Operands, smoothed
 from .recipe import Recipe
 from .triton_kernel import forward
 from .values import FP16_CHAIN, LIMIT
@@ -28,8 +28,6 @@ def refuses(q: Tensor, plan: TilePlan, recipe: Recipe) -> str | None:
         return why
     if recipe.qk is None:
         return "qk=None; the kernel multiplies integer codes"
-    if not plan.plain:
-        return "the plan has representatives or row factors"
     return None
 
 
@@ -41,12 +39,13 @@ def attention(
     out = q.new_empty((*q.shape[:3], x.v.shape[-1]), dtype=torch.float32 if plain.interpreted() else q.dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     v = values_for(x.v)
+    plan = smoothed(plan, x, q)
     if out.numel():
         entry = tuned(q, x, plan, recipe)
         blocks = plan.tiles_q * -(-plan.tile_q // entry.block_q)
         with torch.cuda.device_of(q):
             forward[(blocks * q.shape[0] * q.shape[1],)](
-                *arguments(x, v, out, lse, plan, recipe, scale=scale, live=live),
+                *arguments(q, x, v, out, lse, plan, scale=scale, live=live),
                 **constants(x, v, plan, recipe, entry, bounded=live is not None),
                 num_warps=entry.warps,
                 num_stages=entry.stages,
@@ -76,19 +75,25 @@ def tuned(q: Tensor, x: Operands, plan: TilePlan, recipe: Recipe) -> Tuning:
 
 
 def arguments(
-    x: Operands, v: Tensor, out: Tensor, lse: Tensor | None, plan: TilePlan, recipe: Recipe, *, scale: float,
+    q: Tensor, x: Operands, v: Tensor, out: Tensor, lse: Tensor | None, plan: TilePlan, *, scale: float,
     live: Tensor | None,
 ) -> tuple:  # fmt: skip
     """The kernel's run-time arguments, in order."""
     predicate = plan.predicate if plan.partial is not None and plan.predicate is not None else Predicate()
-    q, k = x.q.contiguous(), x.k.contiguous()
+    codes, k, raw = x.q.contiguous(), x.k.contiguous(), None
+    if plan.reps or plan.first_order is not None:
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        raw = q, q.stride()[:3]
     return (
-        q, k, v, out, lse, x.q_scale.contiguous(), x.k_scale.contiguous(), _flat(x.v_scale), _flat(x.v_mean),
-        _delta(x, scale), _alive(live),
-        q.stride()[:3], k.stride()[:3], v.stride(), out.stride()[:3],
+        codes, k, v, out, lse, x.q_scale.contiguous(), x.k_scale.contiguous(), _flat(x.v_scale), _flat(x.v_mean),
+        _delta(x, scale), _alive(live), raw,
+        codes.stride()[:3], k.stride()[:3], v.stride(), out.stride()[:3],
         plain._list(plan.full), plain._list(plan.partial), *plain._predicate(predicate),
         plain._gate(plan.gate if plan.partial is not None else None),
-        plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1],
+        tuple(plain._group(group, q.shape[1]) for group in plan.reps) or None,
+        plain._matrix(plan.first_order, q.shape[1]),
+        None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
+        plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
     )  # fmt: skip
 
 
@@ -102,7 +107,8 @@ def constants(x: Operands, v: Tensor, plan: TilePlan, recipe: Recipe, entry: Tun
         "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": entry.full, "PARTIAL": step,
         "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)), "SMOOTH": recipe.block_q,
         "PV": recipe.pv or "", "UNIT": recipe.p_scale or "static", "LIMIT": LIMIT.get(recipe.pv, 1.0),
-        "NARROW": recipe.narrow, "BOUNDED": bool(bounded or cut), "TESTED": plan.predicate is not None,
+        "NARROW": recipe.narrow, "REPS": tuple(group.width for group in plan.reps), "REP_BLOCK": entry.tested,
+        "BOUNDED": bool(bounded or cut), "TESTED": plan.predicate is not None,
         "EMULATED": plain.interpreted(),
     }  # fmt: skip
 

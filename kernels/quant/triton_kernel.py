@@ -7,18 +7,19 @@ are one per token whatever the groups were, so one kernel serves every granulari
 import triton
 import triton.language as tl
 
-from ..block_sparse.triton_kernel import _rows, _seen, _store
+from ..block_sparse.triton_kernel import _block, _columns, _represented, _rows, _seen, _store
 
 
 @triton.jit
 def forward(
-    q, k, v, out, lse, q_scale, k_scale, v_scale, v_mean, delta, alive,
+    q, k, v, out, lse, q_scale, k_scale, v_scale, v_mean, delta, alive, raw,
     q_strides, k_strides, v_strides, out_strides,
-    full, partial, box, disc, band, always, gate,
-    n_q, n_k, heads, groups,
+    full, partial, box, disc, band, always, gate, reps, first_order, row_factors,
+    n_q, n_k, heads, groups, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr, SMOOTH: tl.constexpr,
     PV: tl.constexpr, UNIT: tl.constexpr, LIMIT: tl.constexpr, NARROW: tl.constexpr,
+    REPS: tl.constexpr, REP_BLOCK: tl.constexpr,
     BOUNDED: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks x batch x heads,).
@@ -27,7 +28,8 @@ def forward(
     float32 (batch, heads, n_q), k_scale: (batch, key heads, n_k), v_scale, v_mean: (batch, key heads, DV) or None, all
     contiguous. delta: what smoothed queries add to the logits, (float32 (batch, heads, blocks, n_k), strides (batch,
     head)), SMOOTH queries per block, or None. alive: (uint8, strides (batch, head)) over key slots, or None. Logits are
-    in base 2. lse: float32 (batch, heads, n_q) or None. Tables as in ``block_sparse.triton_kernel.forward``.
+    in base 2. lse: float32 (batch, heads, n_q) or None. raw: the queries as given, with strides (batch, head, token),
+    for representatives, or None. Tables, representatives and what follows as in ``block_sparse.triton_kernel.forward``.
 
     PV: what weights are rounded to, "fp8", "int8", "fp16" or "" for v's own type; UNIT: what 8-bit weights are scaled
     by, "static", "tile" or "row" of the block of keys; LIMIT: the code of that unit. NARROW: FP16 sums within a block.
@@ -94,17 +96,66 @@ def forward(
                 PARTIAL, D, DV, WIDTHS, SMOOTH, PV, UNIT, LIMIT, NARROW, BOUNDED, True, TESTED, EMULATED,
             )  # fmt: skip
 
-    empty = total == 0
-    divisor = tl.where(empty, 1.0, total)[:, None]
     channels = (b * kv_heads + kv) * DV
+    if v_scale is not None:
+        acc = acc * (_columns(v_scale + channels, WIDTHS[2], 0, DV) / LIMIT)[None, :]
+        if WIDTHS[3]:
+            acc_tail = acc_tail * (_columns(v_scale + channels, WIDTHS[3], WIDTHS[2], DV) / LIMIT)[None, :]
+    mass = tl.zeros((BLOCK_Q,), tl.float32)
+    if reps is not None:
+        base = raw[0] + b * raw[1][0] + h * raw[1][1]
+        query = _rows(base, token, raw[1][2], live, WIDTHS[0], 0, D, True, EMULATED)
+        query_tail = query
+        if WIDTHS[1]:
+            query_tail = _rows(base, token, raw[1][2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+        for g in tl.static_range(len(reps)):
+            part = reps[g]
+            count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2]) * REPS[g]
+            index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
+            head = h // part[7]
+            for i in range(tl.cdiv(count, REP_BLOCK)):
+                acc, acc_tail, top, total, mass = _represented(
+                    acc, acc_tail, top, total, mass, query, query_tail, index,
+                    part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
+                    part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
+                    REPS[g], REP_BLOCK, D, DV, WIDTHS, first_order is not None, EMULATED,
+                )  # fmt: skip
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    if WIDTHS[3]:
+        acc_tail = acc_tail / total[:, None]
+    if v_mean is not None:
+        back = tl.where(empty, 0.0, 1.0)[:, None]
+        acc += back * _columns(v_mean + channels, WIDTHS[2], 0, DV)[None, :]
+        if WIDTHS[3]:
+            acc_tail += back * _columns(v_mean + channels, WIDTHS[3], WIDTHS[2], DV)[None, :]
+    if first_order is not None:
+        matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
+        share = (mass / total * (scale * 0.6931471805599453))[:, None]
+        base = raw[0] + b * raw[1][0] + h * raw[1][1]
+        # A few columns of the queries at a time: a second accumulator would spill.
+        for row in range(0, D, 32):
+            column = row + tl.arange(0, 32)
+            mask = live[:, None] & (column < D)[None, :]
+            part = tl.load(base + token[:, None] * raw[1][2] + column[None, :], mask=mask, other=0.0)
+            part = part.to(tl.float32) * share
+            acc = tl.dot(part, _block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+            if WIDTHS[3]:
+                block = _block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
+                acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
+    if row_factors is not None:
+        row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
+        factor = tl.load(row_factors[0] + row)
+        acc = acc * factor + _columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
+        if WIDTHS[3]:
+            acc_tail = acc_tail * factor + _columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
     out += b * out_strides[0] + h * out_strides[1]
-    acc = _finish(acc / divisor, empty, v_scale, v_mean, channels, WIDTHS[2], 0, DV, LIMIT)
     _store(out, token, out_strides[2], live, acc, WIDTHS[2], 0, DV)
     if WIDTHS[3]:
-        acc_tail = _finish(acc_tail / divisor, empty, v_scale, v_mean, channels, WIDTHS[3], WIDTHS[2], DV, LIMIT)
         _store(out, token, out_strides[2], live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
     if lse is not None:
-        log = tl.where(empty, float("-inf"), (top + tl.log2(divisor.reshape(BLOCK_Q))) * 0.6931471805599453)
+        log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse + (b * heads + h) * n_q + slot, log, mask=live)
 
 
@@ -204,21 +255,6 @@ def _weigh(
     if UNIT != "static":
         part = part * unit[:, None]
     return acc + part
-
-
-@triton.jit
-def _finish(
-    acc, empty, v_scale, v_mean, channels, WIDTH: tl.constexpr, FROM: tl.constexpr, DV: tl.constexpr,
-    LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Back from codes to values."""
-    column = FROM + tl.arange(0, WIDTH)
-    if v_scale is not None:
-        acc = acc * (tl.load(v_scale + channels + column, mask=column < DV, other=0.0) / LIMIT)[None, :]
-    if v_mean is not None:
-        mean = tl.load(v_mean + channels + column, mask=column < DV, other=0.0)[None, :]
-        acc = tl.where(empty[:, None], acc, acc + mean)
-    return acc
 
 
 @triton.jit

@@ -22,7 +22,7 @@ SETTINGS = {
     "vmoba": {"chunks": (2, (3, 4), (2, 3, 4)), "k": 2},
     "pisa": {"block_size": 16, "density": 0.5},
     "rectified": {"block_size": 16},
-    "pyramid": {"block_q": 32, "block_k": 16},
+    "pyramid": {"block_q": 32, "block_k": 16, "bounds": (0.5, 0.6, 0.7, 0.8)},
     "adaspa": {"block_size": 16, "density": 0.5},
     "all-blocks": {"block_size": 32},
     "random-blocks": {"block_size": 16},
@@ -92,7 +92,7 @@ def test_representatives_are_not_quantised(features, smooth_v):
     order = torch.randperm(sum(settings["sizes"]), generator=torch.Generator().manual_seed(1))
     q, k, v, plan, kind = represented.case(**settings, order=order)
     expected, _ = represented.brute(q, k, v, plan, kind, settings["sizes"])
-    for quant, limit in ((Quant(qk=None, pv="fp8", smooth_v=smooth_v), 0.03), (Quant(qk=None, pv="fp16"), 1e-3)):
+    for quant, limit in ((Quant(qk=None, pv="fp8", smooth_v=smooth_v), 0.04), (Quant(qk=None, pv="fp16"), 1e-3)):
         out = attend(q, k, v, plan=plan, layout=plan.layout, quant=quant)
         assert error(out.double(), expected) < limit
 

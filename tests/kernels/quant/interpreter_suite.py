@@ -1,10 +1,12 @@
 """The quantised Triton kernel in Triton's interpreter, against the reference tier. Run with TRITON_INTERPRET=1 set."""
 
 import pytest
+import represented
 import torch
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.quant.api import choose, quantized_attention
+from dit_accel.lowering import lower
 from dit_accel.quant import PRESETS, Quant
 
 SMALL = tuning.Tuning(block_q=32, full=32, tested=32, gathered=32, warps=4, stages=1)
@@ -64,6 +66,21 @@ def test_16_bit_inputs(make_case, dtype, name):
     ]
     assert out[0].dtype == dtype
     torch.testing.assert_close(*out, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["sage2-int4", "int8-tile"])
+@pytest.mark.parametrize("features", ["everything", "first order"])
+def test_representatives(features, name):
+    settings = dict(represented.CASES[features])
+    order = torch.randperm(sum(settings["sizes"]), generator=torch.Generator().manual_seed(1))
+    q, k, v, plan, _ = represented.case(**settings, order=order)
+    run = [
+        quantized_attention(q, k, v, lower(plan), RECIPES[name], scale=0.25, backend=tier)[0]
+        for tier in ("triton", "reference")
+    ]
+    assert run[0].isfinite().all()
+    assert (run[0] - run[1]).abs().max() < 0.05
+    assert (run[0] - run[1]).abs().mean() < 1e-3
 
 
 def test_blocks_smaller_than_tiles(make_case, monkeypatch):

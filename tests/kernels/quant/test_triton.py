@@ -56,6 +56,8 @@ def described(values, path=()):
         elif value is None or (isinstance(value, int) and value == 1):
             signature.append("constexpr")
             constants[at] = value
+        elif isinstance(value, float):
+            signature.append("fp32")
         else:
             tensor = isinstance(value, torch.Tensor)
             signature.append(f"*{TYPES[value.dtype]}" if tensor else "i32")
@@ -90,7 +92,7 @@ def build(tmp_path, monkeypatch):
         v = tier.values_for(x.v)
         entry = tier.tuned(q, x, plan, recipe)
         lse = torch.zeros(1, HEADS, N) if dead else None
-        values = tier.arguments(x, v, q, lse, plan, recipe, scale=1.0, live=live)
+        values = tier.arguments(q, x, v, q, lse, plan, scale=1.0, live=live)
         fixed = tier.constants(x, v, plan, recipe, entry, bounded=dead) | {"EMULATED": False}
         signature, constants, attributes = described(values)
         names = tier.forward.arg_names
