@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--method", nargs="+", metavar="SPEC", default=["radial"], help="methods to measure (default: radial)")
     add("--density", type=float, metavar="D", help="kept fraction in (0, 1]; each method solves its own parameters")
+    add("--quant", metavar="NAME", help="quantised products under every method; the method dense is then allowed")
     add("--prompts", metavar="NAME|FILE", help="mini-12, shapes-120 or a text file (default: the model's own two)")
     add("--limit", type=int, default=1, metavar="N", help="only the first N prompts (default: 1)")
     add("--rows", type=int, default=64, metavar="N", help="query rows sampled per call (default: 64)")
@@ -101,21 +102,22 @@ def _processors(args: argparse.Namespace, info: Any, layout: Any) -> dict[str, A
     from ..processors import Processor
     from ..schedule import Schedule
 
+    if len(set(args.method)) < len(args.method):
+        raise UsageError(f"the same method twice: {', '.join(args.method)}")
+    if "dense" in args.method and args.quant is None:
+        raise UsageError("dense attention has no error to measure; give it --quant, or name a sparse method")
+    specs = [spec for spec in args.method if spec != "dense"]
     # What the model itself brings along for a method, as rendering takes it; a spec's own values win.
     tuned = info.defaults.get("methods", {})
-    asked = {spec.partition(":")[0].strip() for spec in args.method} & tuned.keys()
-    methods = build(args.method, [f"{name}.{key}={value}" for name in asked for key, value in tuned[name].items()])
+    asked = {spec.partition(":")[0].strip() for spec in specs} & tuned.keys()
+    methods = build(specs, [f"{name}.{key}={value}" for name in asked for key, value in tuned[name].items()])
     if args.density is not None:
         if layout is None:
             raise UnsupportedError("--density needs the token grid, which this model's configuration does not tell")
         methods = [method.with_density(args.density, layout)[0] for method in methods]
-    if len(set(args.method)) < len(args.method):
-        raise UsageError(f"the same method twice: {', '.join(args.method)}")
-    schedule = Schedule(first=args.dense_steps)
-    return {
-        spec: Processor(method, schedule=schedule, backend=args.backend)
-        for spec, method in zip(args.method, methods, strict=True)
-    }
+    made = dict(zip(specs, methods, strict=True))
+    same = {"quant": args.quant, "schedule": Schedule(first=args.dense_steps), "backend": args.backend}
+    return {spec: Processor(made.get(spec), **same) for spec in args.method}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...quant import Quant, quant_name
 
 SCHEMA = 1
 RENDER, SHAPES = "render", "shapes"
@@ -128,12 +129,15 @@ def render_command(settings: dict[str, Any], compare: bool) -> str:
 
 
 def _attention(attention: dict[str, Any] | None) -> list[str]:
-    if attention is None or not attention.get("method"):
+    if attention is None:
         return ["--method", "dense"]
-    own = {key: value for key, value in attention["method"].items() if value is not None}
+    own = {key: value for key, value in (attention["method"] or {"method": "dense"}).items() if value is not None}
     words = ["--method", own.pop("method")]
     for key, value in own.items():
         words += ["--param", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    quant = attention.get("quant")
+    if quant:
+        words += ["--quant", quant if isinstance(quant, str) else quant_name(Quant(**quant))]
     schedule = attention.get("schedule", {})
     words += ["--dense-steps", str(schedule.get("first", 0))]
     layers = schedule.get("layers")

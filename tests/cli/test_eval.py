@@ -48,6 +48,17 @@ def test_attention(capsys, tiny_wan, tmp_path):
     assert len(heat[0]) == 2
 
 
+def test_attention_under_quantised_products(capsys, tiny_wan):
+    """Head size 12 and 36 tokens: INT8 loses a little, and keeps every pair."""
+    small = [*SMALL[:-2], "--model", tiny_wan, "--backend", "reference", "--method", "dense", "--quant", "sage1"]
+    code, out, _ = run(capsys, "attention", *small, "--json")
+    assert code == 0
+    found = json.loads(out)["methods"]["dense"]
+    assert 1e-5 < found["mean"]["rel_l1"] < 0.1
+    assert found["densities"]["effective"] == 1
+    assert found["mean"]["recall"] == 1
+
+
 def test_speed(capsys, tiny_wan, tmp_path):
     argv = ["speed", "--method", "random-blocks", "--param", "block_size=4", "--dense-steps", "0", "--repeats", "2",
             "--model", tiny_wan, *SMALL, "-o", tmp_path / "s.json"]  # fmt: skip
@@ -118,6 +129,7 @@ def test_vbench_doctor_missing_and_flicker(capsys, tmp_path, monkeypatch):
     (["vbench", "missing", "."], "--info names"),
     (["attention", "--method", "radail"], "did you mean 'radial'"),
     (["attention", "--method", "radial", "radial"], "the same method twice"),
+    (["attention", "--method", "dense"], "dense attention has no error to measure"),
     (["attention", "--limit", "0"], "--limit must be at least 1"),
     (["fidelity", "absent", "absent"], "there is no folder absent"),
     (["speed", "--method", "dense"], "sets a method against dense attention"),

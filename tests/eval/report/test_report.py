@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_accel import QuantProcessor, Schedule
 from dit_accel.cli import main
 from dit_accel.cli.attention import chosen
 from dit_accel.cli.parser import parse
@@ -170,6 +171,14 @@ def test_commands_render_the_same_again(runs):
         again = choose(chosen(args), info, layout=None, frames=args.frames, steps=args.steps)
         assert json.loads(json.dumps(again.processor.to_dict())) == settings["attention"]
         assert (args.size, args.frames, args.steps, args.compare) == ("32x48", 9, 2, name == "a")
+
+
+def test_quantised_products_are_part_of_the_command():
+    settings = {"prompt": "a", "seed": 1, "frames": 9, "steps": 2}
+    for quant in ("auto", "sage2"):
+        attention = QuantProcessor(quant, schedule=Schedule(first=0)).to_dict()
+        line = render_command({**settings, "attention": attention}, compare=True)
+        assert f"--method dense --quant {quant} --dense-steps 0" in line
 
 
 def test_the_command(runs, tmp_path, capsys):
