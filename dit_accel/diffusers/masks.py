@@ -50,11 +50,12 @@ def live_keys(mask: Any, batch: int, layout: Layout) -> Live | None:
     if mask.ndim != 4 or shape[2] not in (1, keys) or shape[3] != keys or shape[0] not in (1, batch):
         raise Unreadable(f"a mask of shape {shape}; only (batch, heads, 1 or {keys}, {keys}) are read")
     seen = mask if mask.dtype == torch.bool else mask == 0
-    checks = [(mask[:, :1] == mask).all()]
+    live, told_by_key = _live(seen[:, 0])
+    checks = [told_by_key]
+    if shape[1] > 1:
+        checks.append((mask[:, :1] == mask).all())
     if mask.dtype != torch.bool:
         checks.append((seen | (mask <= HIDDEN)).all())
-    live, by_key = _live(seen[:, 0])
-    checks.append(by_key)
     lead = _leading_text(layout)
     count = live.sum(-1, dtype=torch.int32)
     head = torch.arange(keys, device=mask.device) < count[:, None]

@@ -74,6 +74,24 @@ def test_anything_else_is_unreadable(mask):
         live_keys(mask, 2, LAST)
 
 
+@pytest.mark.parametrize("layout", [LAST, FIRST], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_choice_of_live_keys_is_told_as_it_is_or_not_at_all(layout, form):
+    grid = range(layout.main.start, layout.main.stop)
+    for code in range(2**6):
+        live = torch.tensor([bool(code >> i & 1) for i in range(6)])
+        words = [bool(live[i]) for i in range(6) if i not in grid]
+        served = all(live[i] for i in grid) and words == sorted(words, reverse=True)
+        try:
+            found = live_keys(form(live[None, None, None]), 1, layout)
+        except Unreadable:
+            assert not served
+            continue
+        assert served
+        turned = torch.arange(6) < (6 if found is None else int(found.count))
+        assert torch.equal(turned.roll(found.turn if found else 0), live)
+
+
 @torch.no_grad()
 def test_padded_text_stays_out_and_the_mask_is_read_once_per_forward(monkeypatch):
     model, call, _ = tiny_transformer("hunyuan-video")
