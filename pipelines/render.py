@@ -93,21 +93,29 @@ def plan_job(job: Job, *, dry: bool = False) -> Plan:
     return plan
 
 
-def render(plan: Plan, *, judge: Judge | None = None, listen: Listener | None = None, progress: bool = True) -> None:
-    """Render what is pending. Outcomes are updated in place, also when this ends by an exception.
+def render(
+    plan: Plan,
+    *,
+    only: list[Outcome] | None = None,
+    judge: Judge | None = None,
+    listen: Listener | None = None,
+    progress: bool = True,
+) -> None:
+    """Render what is pending, or ``only`` these of its outcomes. They are updated in place, also when this raises.
 
     ``judge`` turns the pair of a comparison into numbers. ``listen`` hears ``("start" | "end" | "note", {...})``.
     ``progress``: draw a bar per output. ``KeyboardInterrupt`` passes through; finished files stay.
     """
     tell = listen or (lambda event, data: None)
-    if not plan.todo:
+    todo = plan.todo if only is None else only
+    if not todo:
         return
     tell("loading", {"model": plan.info.name, "device": str(plan.device)})
     try:
         pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), offload=plan.job.offload)
     except torch.OutOfMemoryError as error:
         raise DitAccelError(describe(error)) from error
-    for outcome in plan.todo:
+    for outcome in todo:
         pipe.set_progress_bar_config(disable=not progress, desc=outcome.shot.stem[:40], leave=False, dynamic_ncols=True)
         tell("start", {"outcome": outcome})
         try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import attention
+from . import INTERRUPTED, OK, attention
 
 HELP = "render every prompt of a file to a video or image"
 DESCRIPTION = "Render every prompt of a file to a video (mp4) or image (png), each with a JSON record beside it."
@@ -18,6 +21,7 @@ examples:
   dit-accel render prompts.txt --compare --density 0.25
   dit-accel render prompts.txt --model ./Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81 --resume -o out
   dit-accel render prompts.txt --dry-run
+  accelerate launch --num_processes 4 -m dit_accel render prompts.txt --resume -o out
 """
 
 
@@ -60,22 +64,32 @@ def run(args: argparse.Namespace) -> int:
     from .console import Console, calm_libraries, emit
     from .render_report import end_of_job, planned, show, summary_report
 
-    console = Console(json=args.json, quiet=args.quiet)
     job = _job(args)
+    from ..pipelines import shares
     from ..pipelines.render import plan_job, render
 
+    share = shares.Share(cpu=args.device == "cpu") if shares.launched() else None
+    others = share is not None and not share.is_main
+    console = Console(json=args.json, quiet=args.quiet or others)
     calm_libraries()
-    plan = plan_job(job, dry=args.dry_run)
-    planned(console, plan, dry=args.dry_run)
+    plan = plan_job(share.place(job) if share else job, dry=args.dry_run)
+    if not others:
+        planned(console, plan, dry=args.dry_run)
     if args.dry_run:
-        if args.json:
+        if args.json and not others:
             emit("render", {"ok": True, "dry_run": True, "videos": [o.to_dict() for o in plan.outcomes]})
         return 0
     interrupted = False
     try:
-        render(plan, judge=_judge(job), listen=show(console), progress=console.progress)
+        own = share.split(plan) if share else plan.todo
+        with _ending_like_an_interrupt():
+            render(plan, only=own, judge=_judge(job), listen=show(console), progress=console.progress)
+        if share:
+            share.collect(plan, own)
     except KeyboardInterrupt:
         interrupted = True
+    if others:
+        return INTERRUPTED if interrupted else OK  # the main process reports for all, and its exit code is the job's
     summary = _summary(plan)
     if summary:
         for line in summary_report(summary):
@@ -85,6 +99,20 @@ def run(args: argparse.Namespace) -> int:
         videos = [o.to_dict() for o in plan.outcomes]
         emit("render", {"ok": code == 0, "interrupted": interrupted, "videos": videos, "summary": summary})
     return code
+
+
+@contextlib.contextmanager
+def _ending_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM, which launchers and schedulers send, as Ctrl-C: no partial file stays, finished ones do."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _summary(plan: Any) -> dict[str, Any] | None:
