@@ -128,8 +128,8 @@ class Pyramid(Method):
     def with_density(self, density: float, layout: Layout) -> tuple[Pyramid, float]:
         """Scale ``bounds`` so that the whole plan has the density asked for, text and means included.
 
-        The kept share of a threshold is not known ahead, so the answer takes quotas (``mode="topk"``). Without a level
-        1 the density cannot exceed what the finest level gives.
+        What a threshold keeps is not known ahead, so the answer has quotas (``mode="topk"``). The figure returned is
+        that of blocks of average size; ``similarity`` can only raise it.
         """
         wanted, n = check_density(density), layout.tokens
         main = layout.main.stop - layout.main.start

@@ -216,3 +216,21 @@ def test_quantize_by_itself():
         dit_accel.quantize(x, bits=3, granularity="thread", role="k", block=64)
     with pytest.raises(UsageError, match="must be"):
         dit_accel.quantize(x[0], bits=8, granularity="thread", role="k", block=64)
+
+
+def test_an_installed_package_that_proved_itself_serves_auto_alone(monkeypatch):
+    from dit_accel.kernels import dense
+
+    def unusable(name, device):
+        return None if name in ("sageattention", "torch") else "not installed"
+
+    calls = []
+    fake = dense.Backend("sageattention", "sageattention", lambda *a: calls.append(a) or a[0], False, (8, 0), 128)
+    monkeypatch.setattr(dense, "unusable", unusable)
+    monkeypatch.setitem(dense.DENSE, "sageattention", fake)
+    q, k, v = (x.half() for x in tensors())
+    assert attend(q, k, v, layout=LAYOUT, quant="auto") is q
+    assert calls[0][3] == q.shape[-1] ** -0.5
+    for other in ({"quant": "sage2"}, {"quant": "auto", "return_lse": True}, {}):
+        attend(q, k, v, layout=LAYOUT, **other)
+    assert len(calls) == 1
