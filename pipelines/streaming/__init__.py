@@ -1,7 +1,30 @@
 """Streaming: video without an end on a cache of constant size."""
 
+from .attention import Dense, Pass, WindowAttention
 from .cache import StreamCache
 from .config import PRESETS, CacheConfig, preset
+from .decode import StreamingDecoder
+from .host import Host
+from .pipeline import Stream, StreamingPipeline, StreamStats
+from .rollout import Rollout
 from .rotation import Rotary
+from .steps import Steps, noise_of
 
-__all__ = ["PRESETS", "CacheConfig", "Rotary", "StreamCache", "preset"]
+__all__ = [
+    "PRESETS",
+    "CacheConfig",
+    "Dense",
+    "Host",
+    "Pass",
+    "Rollout",
+    "Rotary",
+    "Steps",
+    "Stream",
+    "StreamCache",
+    "StreamStats",
+    "StreamingDecoder",
+    "StreamingPipeline",
+    "WindowAttention",
+    "noise_of",
+    "preset",
+]
