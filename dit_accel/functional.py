@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
+from .kernels.dense import choose_dense
 from .kernels.quant.api import choose as choose_quantized
 from .kernels.quant.api import quantized_attention
 from .kernels.tileplan import TilePlan
@@ -17,7 +18,7 @@ from .lowering import lower
 from .methods.base import Call, Method
 from .methods.testing import AllBlocks
 from .plans import Plan
-from .quant import Quant, resolve_quant
+from .quant import AUTO, Quant, resolve_quant
 from .state import State
 from .step import Step
 
@@ -57,10 +58,14 @@ def attend(
     Raises ``UsageError`` for tensors that do not fit the layout, ``UnsupportedError`` for what is not served.
     """
     _check(q, k, layout, kv_layout, kv_valid)
-    quant = resolve_quant(quant, q.device)
+    asked, quant = quant, resolve_quant(quant, q.device)
     if method is None and plan is None:
         if quant is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+        if asked == AUTO and backend == "auto" and kv_valid is None and not return_lse:
+            kernel, _ = choose_dense(q, v, exact=False)
+            if not kernel.exact:
+                return kernel.run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         method = WHOLE
     if plan is None:
         call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
@@ -157,6 +162,9 @@ def tier_of(
 def _dense(q, k, v, kv_valid, scale, backend, return_lse):
     if not return_lse and backend != "reference":
         mask = None
+        if kv_valid is None and backend == "auto":
+            kernel, _ = choose_dense(q, v)
+            return kernel.run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         if kv_valid is not None:
             mask = (torch.arange(k.shape[2], device=k.device) < kv_valid.to(k.device)[:, None])[:, None, None, :]
         gqa = q.shape[1] != k.shape[1]

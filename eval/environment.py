@@ -26,7 +26,7 @@ _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THRE
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Sections versions, cpu, gpus, tiers, optional_packages, model, variables; plain JSON values.
+    """Sections versions, cpu, gpus, tiers, dense_kernels, optional_packages, model, variables; plain JSON values.
 
     Runs the self-check of the flex tier, which compiles once per machine and may take some seconds.
     """
@@ -35,6 +35,7 @@ def environment() -> dict[str, dict[str, Any]]:
         "cpu": cpu(),
         "gpus": gpus(),
         "tiers": tiers(),
+        "dense_kernels": dense_kernels(),
         "optional_packages": {name: _optional(module) for name, module in OPTIONAL.items()},
         "model": {"bundled": _bundled()},
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -96,6 +97,14 @@ def tiers() -> dict[str, dict[str, Any]]:
         "gather": _verdict(None),
         "reference": _verdict(None),
     }
+
+
+def dense_kernels() -> dict[str, dict[str, Any]]:
+    """For each kernel of dense attention whether it is used on this device, and why not. Runs their self-checks."""
+    from ..kernels.dense import DENSE, unusable
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _verdict(unusable(name, device)) for name in DENSE}
 
 
 def _verdict(why: str | None) -> dict[str, Any]:

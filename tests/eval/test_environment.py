@@ -8,7 +8,16 @@ def test_everything_is_plain_json_and_the_safe_tiers_work(monkeypatch):
     monkeypatch.setattr(module, "_flex", lambda: None)
     found = environment()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"versions", "cpu", "gpus", "tiers", "optional_packages", "model", "variables"}
+    assert set(found) == {
+        "versions",
+        "cpu",
+        "gpus",
+        "tiers",
+        "dense_kernels",
+        "optional_packages",
+        "model",
+        "variables",
+    }
     assert found["tiers"]["gather"] == found["tiers"]["reference"] == {"usable": True}
     assert found["versions"]["torch"]
     assert found["cpu"]["cores"] >= 1
