@@ -33,7 +33,7 @@ def attention(
     source = _source(k, v, plan, width)
     strips = _Strips(plan, b, h, source.shape[1], alive)
     source = source.flatten(0, 2)
-    rows = pad(q, (0, width - q.shape[-1], 0, tiles * tile - n)).view(b * h * tiles, 1, tile, width)
+    rows = pad(q, (0, width - q.shape[-1], 0, tiles * tile - n)).reshape(b * h * tiles, 1, tile, width)
     out = torch.empty_like(rows)
     lse = rows.new_empty(rows.shape[:3], dtype=wide)
     buffer = source.new_empty(0)

@@ -115,3 +115,12 @@ def test_lists_by_sample_and_head_ragged_gqa_dead_keys(tables, strips, monkeypat
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=2e-6, rtol=1e-5)
     assert out[0, 0, 32:48].abs().max() == 0
     assert (lse[0, 0, 32:48] == -torch.inf).all()
+
+
+def test_whole_tiles_of_queries_with_tokens_before_heads():
+    mask = torch.eye(4, dtype=torch.bool).expand(1, 4, 4, 4).contiguous()
+    plan = TilePlan(16, 16, 64, 64, BlockList.from_mask(mask))
+    q, k, v = tensors(64, 64)
+    assert not q.is_contiguous()
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.3, backend="flash")
+    torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, 64, 64), 0.3)[0])

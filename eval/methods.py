@@ -1,0 +1,345 @@
+"""The table of methods: what each loses and gains at several densities. ``python -m dit_accel.eval.methods -o FILE``
+
+Three measurements of the same candidates, each continued from the JSON where it was interrupted:
+
+- ``error``: attention error and retained mass on the q, k and v of dense renders (:mod:`.attention`);
+- ``quality``: whole renders from the same noise as dense ones: PSNR against dense, and the shape suite's grades;
+- ``speed``: the same renders timed in turn, dense ones between, medians.
+
+A candidate is ``METHOD@DENSITY``, ``METHOD@DENSITY+QUANT`` or ``dense+QUANT``. PARO plans are calibrated on prompts
+that are not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from ..pipelines.acceleration import DENSE, Acceleration
+from ..pipelines.calibrate import CalibrationJob, calibrate_paro, plan_shots
+from ..pipelines.generate import Result, generate
+from ..pipelines.job import Job, Shot, resolve
+from ..pipelines.load import load, pick_device, pick_dtype
+from ..pipelines.model import ModelInfo, inspect_model
+from ..pipelines.prompts import Prompt
+from ..processors import Processor
+from ..schedule import Schedule
+from .attention import measure
+from .environment import environment
+from .fidelity import fidelity
+from .shapes.grade import grade
+from .shapes.job import paired
+from .shapes.suite import bootstrap, prompts
+from .speed import EMULATED
+
+SCHEMA = 1
+METHODS = ("radial", "gna", "paro", "adaspa", "vmoba", "pisa", "rectified", "pyramid")
+DENSITIES = (0.5, 0.25, 0.15)
+MEASUREMENTS = ("error", "quality", "speed")
+# What a method needs to be worth its name here: selection per token skips no block.
+PARAMETERS = {"vmoba": {"granularity": "block"}}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``name`` as given. ``reached``: the density on video tokens that the method's own knobs came to, if known."""
+
+    name: str
+    processor: Processor
+    reached: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Candidates by name; prompts by number, spread over the bundled suite."""
+
+    candidates: tuple[str, ...]
+    measurements: tuple[str, ...] = MEASUREMENTS
+    prompts: int = 4
+    error_prompts: int = 1
+    error_steps: int = 6
+    repeats: int = 1
+    seed: int = 0
+    steps: int | None = None
+    model: str | None = None
+    device: str = "auto"
+    plans: Path = field(default_factory=lambda: Path("paro-plans"))
+
+
+def split(name: str) -> tuple[str, float | None, str | None]:
+    """Method, density and quant of a candidate's name. Raises ``UsageError``."""
+    rest, _, quant = name.partition("+")
+    method, _, density = rest.partition("@")
+    try:
+        kept = float(density) if density else None
+    except ValueError:
+        kept = -1.0
+    if not method or (kept is not None and not 0 < kept <= 1) or (method == DENSE and (kept is not None or not quant)):
+        raise UsageError(
+            f"candidate {name!r} is not understood; allowed are METHOD@DENSITY, METHOD@DENSITY+QUANT and dense+QUANT, "
+            "with a density in (0, 1], for example radial@0.25 or pisa@0.25+sage2"
+        )
+    return method, kept, quant or None
+
+
+def make(name: str, info: ModelInfo, settings: Settings, plan_file: Callable[[float], Path]) -> Candidate:
+    """The candidate of that name, as ``dit-accel render`` would make it. ``plan_file``: PARO's plan at a density."""
+    method, density, quant = split(name)
+    parameters = dict(PARAMETERS.get(method, {}))
+    kept = density
+    if method == "paro":
+        parameters["plan_file"], kept = str(plan_file(0.5 if density is None else density)), None
+    accel = Acceleration(method, kept, parameters=parameters, quant=quant)
+    prompt = Prompt(prompts("shapes-120")[0], 1)
+    choice = resolve(Job((prompt,), settings.plans, accel=accel, **_same(settings)), info)[0].choice
+    return Candidate(name, choice.processor, choice.density)
+
+
+def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure, writing ``out`` after every render. Plain JSON values: ``rows`` of single renders, ``table``, and what
+    they were made with. Raises ``UsageError`` where ``out`` holds another run."""
+    info = inspect_model(settings.model)
+    device = pick_device(settings.device)
+    shots = _shots(info, settings)
+    described = {
+        "model": info.name, "weights": info.revision or info.fingerprint(), "steps": shots[0].steps,
+        "seed": settings.seed, "size": [shots[0].width, shots[0].height], "frames": shots[0].frames,
+    }  # fmt: skip
+    document = _continued(out, described)
+    candidates = [make(name, info, settings, _calibrated(settings, say)) for name in settings.candidates]
+    document["candidates"] |= {one.name: one.processor.to_dict() | {"reached": one.reached} for one in candidates}
+    pipe = load(info, dtype=pick_dtype("auto", device), device=str(device))
+    pipe.set_progress_bar_config(disable=True)
+
+    def keep() -> None:
+        document["table"] = table(document)
+        document["environment"] = environment()
+        if out is not None:
+            _save(out, document)
+
+    if "error" in settings.measurements:
+        missing = {one.name: one.processor for one in candidates if one.name not in document["error"]}
+        if missing:
+            say(f"attention error of {len(missing)} candidates on {settings.error_prompts} dense renders")
+            found = measure(pipe, shots[: settings.error_prompts], missing, steps=settings.error_steps)
+            names = ("mean", "worst", "densities")
+            document["error"] |= {name: {key: one[key] for key in names} for name, one in found.items()}
+            keep()
+    if "quality" in settings.measurements:
+        for row in _quality(pipe, shots, candidates, document["rows"]):
+            document["rows"].append(row)
+            say(_line(row))
+            keep()
+    if "speed" in settings.measurements:
+        for row in _speed(pipe, shots[0], candidates, settings.repeats):
+            document["speed"].append(row)
+            say(f"{row['candidate']}: loop {row['seconds']['loop']:.2f} s")
+            keep()
+    keep()
+    return document
+
+
+def _quality(
+    pipe: Any, shots: Sequence[Shot], candidates: list[Candidate], rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    done = {(row["prompt"], row["seed"], row["side"]) for row in rows}
+    for shot in shots:
+        names = [DENSE, *(one.name for one in candidates)]
+        if all((shot.prompt, shot.seed, name) in done for name in names):
+            continue
+        dense = generate(pipe, shot, None)
+        if (shot.prompt, shot.seed, DENSE) not in done:
+            yield _row(shot, DENSE, dense, dense)
+        for one in candidates:
+            if (shot.prompt, shot.seed, one.name) not in done:
+                yield _row(shot, one.name, generate(pipe, shot, one.processor), dense)
+
+
+def _row(shot: Shot, side: str, result: Result, dense: Result) -> dict[str, Any]:
+    video = (result.frames * 255 + 0.5).astype(np.uint8)
+    row = {"prompt": shot.prompt, "seed": shot.seed, "side": side, "scores": grade(video, shot.prompt)}
+    if side != DENSE:
+        names = ("tier", "tiers", "density", "effective_density", "dense_calls", "fallbacks")
+        row |= {key: result.attention.get(key) for key in names if key in result.attention}
+        row["psnr"] = fidelity(dense.frames, result.frames).psnr
+    return row
+
+
+def _speed(pipe: Any, shot: Shot, candidates: list[Candidate], repeats: int) -> Iterator[dict[str, Any]]:
+    """Dense before every third candidate, so that a slow drift of the clock shows."""
+    sides = [(one.name, one.processor) for one in candidates]
+    # Compiling and the first touch of memory belong to no measurement.
+    for processor in [Processor(None), *(processor for _, processor in sides)]:
+        warm = copy.copy(processor)
+        warm.schedule = Schedule.none()
+        generate(pipe, shot, warm, steps=1)
+    for _ in range(repeats):
+        for number, (name, processor) in enumerate(sides):
+            for which, how in [(DENSE, Processor(None)), (name, processor)] if number % 3 == 0 else [(name, processor)]:
+                result = generate(pipe, shot, how)
+                yield {
+                    "candidate": which, "seconds": result.seconds, "cores": result.cores,
+                    "tiers": result.attention.get("tiers"),
+                }  # fmt: skip
+
+
+def table(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry per candidate: what its rows say. Medians of seconds; means with 95 % intervals of everything else."""
+    dense = [row for row in document["rows"] if row["side"] == DENSE]
+    baseline = _median(document["speed"], DENSE)
+    entries = []
+    for name in document["candidates"]:
+        own = [row for row in document["rows"] if row["side"] == name]
+        entry: dict[str, Any] = {"candidate": name, "videos": len(own)}
+        error = document["error"].get(name)
+        if error:
+            entry |= {"rel_l1": error["mean"].get("rel_l1"), "recall": error["mean"].get("recall")}
+            entry["density"] = error["densities"]["mask"]
+        if own:
+            entry["psnr"] = _interval([row["psnr"] for row in own])
+            entry["effective_density"] = float(np.mean([row["effective_density"] for row in own]))
+            entry["density"] = float(np.mean([row["density"] for row in own])) if own[0].get("density") else None
+            entry["mean"] = _interval([_mean(row) for row in own])
+            entry["difference"] = paired(dense, own).get("mean")
+        seconds = _median(document["speed"], name)
+        if seconds and baseline:
+            tiers = next((row["tiers"] for row in document["speed"] if row["candidate"] == name), None) or {}
+            entry["seconds"] = seconds
+            entry["tiers"] = tiers
+            if not set(tiers) & {*EMULATED, "quant-reference"}:
+                entry["speedup"] = {key: baseline[key] / seconds[key] for key in ("loop", "attention")}
+                entry["planning_share"] = seconds.get("planning", 0.0) / seconds["attention"]
+        entries.append(entry)
+    return entries
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table for a README."""
+    titles = (
+        "candidate", "density", "effective", "attention error", "PSNR, dB", "suite mean", "against dense", "loop",
+        "attention", "planning",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for entry in document["table"]:
+        lines.append("| " + " | ".join(_cells(entry)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    def number(value: Any, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    def interval(one: dict[str, float] | None, form: str) -> str:
+        return "–" if not one else f"{one['mean']:{form}} ({one['low']:{form}} to {one['high']:{form}})"
+
+    gain = entry.get("speedup") or {}
+    return [
+        entry["candidate"], number(entry.get("density"), ".2f"), number(entry.get("effective_density"), ".2f"),
+        number(entry.get("rel_l1"), ".3f"), interval(entry.get("psnr"), ".1f"), interval(entry.get("mean"), ".2f"),
+        interval(entry.get("difference"), "+.2f"),
+        number(gain.get("loop"), ".2f"), number(gain.get("attention"), ".2f"),
+        number(entry.get("planning_share"), ".0%"),
+    ]  # fmt: skip
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
+    own = [row["seconds"] for row in rows if row["candidate"] == name]
+    keys = set.intersection(*(set(seconds) for seconds in own)) if own else set()
+    return {key: statistics.median(seconds[key] for seconds in own) for key in sorted(keys)}
+
+
+def _mean(row: dict[str, Any]) -> float:
+    return float(np.mean([value for value in row["scores"].values() if value is not None]))
+
+
+def _interval(values: list[float]) -> dict[str, float]:
+    low, high = bootstrap(values)
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def _line(row: dict[str, Any]) -> str:
+    psnr = f" {row['psnr']:.2f} dB" if "psnr" in row else ""
+    return f"{row['side']}:{psnr} mean {_mean(row):.2f} - {row['prompt']}"
+
+
+def _shots(info: ModelInfo, settings: Settings) -> list[Shot]:
+    """The measured prompts, spread over the suite after the two that calibrate."""
+    texts = prompts("shapes-120")[2:]
+    if not 1 <= settings.prompts <= len(texts) or settings.error_prompts > settings.prompts:
+        raise UsageError(f"prompts must be 1 to {len(texts)} and error_prompts no more; got {settings.prompts}")
+    chosen = tuple(Prompt(texts[i * len(texts) // settings.prompts], i + 1) for i in range(settings.prompts))
+    return plan_shots(CalibrationJob(settings.plans / "-", chosen, **_same(settings)), info)
+
+
+def _same(settings: Settings) -> dict[str, Any]:
+    return {"model": settings.model, "steps": settings.steps, "seed": settings.seed}
+
+
+def _calibrated(settings: Settings, say: Callable[[str], None]) -> Callable[[float], Path]:
+    def plan_file(density: float) -> Path:
+        path = settings.plans / f"paro-{density:g}.safetensors"
+        if not path.is_file():
+            say(f"calibrating PARO at {density:g}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = tuple(Prompt(text, i + 1) for i, text in enumerate(prompts("shapes-120")[:2]))
+            calibrate_paro(replace(CalibrationJob(path, texts, **_same(settings)), density=density), progress=False)
+        return path
+
+    return plan_file
+
+
+def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
+    empty = {"schema": SCHEMA, "settings": described, "candidates": {}, "error": {}, "rows": [], "speed": []}
+    if out is None or not out.is_file():
+        return empty
+    old = json.loads(out.read_text())
+    if old.get("settings") != described:
+        raise UsageError(f"{out} holds rows made with other settings; give another file or remove it")
+    return empty | old
+
+
+def _save(out: Path, data: dict[str, Any]) -> None:
+    part = out.with_name(out.name + ".partial")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.eval.methods", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("candidates", nargs="*", help="METHOD@DENSITY[+QUANT] (default: every method at 0.5, 0.25 and 0.15)")
+    add("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    add("--prompts", type=int, default=4, help="prompts rendered by every candidate (default: 4)")
+    add("--error-prompts", type=int, default=1)
+    add("--error-steps", type=int, default=6, help="steps of a render at which errors are taken (default: 6)")
+    add("--repeats", type=int, default=1, help="timed renders of every candidate (default: 1)")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, help="denoising steps (default: the model's)")
+    add("--model", help="pipeline folder or hub id (default: the bundled model)")
+    add("--device", default="auto")
+    add("--plans", type=Path, default=Path("paro-plans"), help="folder of PARO's calibrated plans")
+    add("-o", "--out", type=Path, help="JSON, written as it goes and continued from")
+    args = vars(parser.parse_args(argv))
+    out = args.pop("out")
+    args["candidates"] = tuple(args["candidates"]) or tuple(f"{m}@{d:g}" for m in METHODS for d in DENSITIES)
+    args["measurements"] = tuple(args.pop("measure"))
+    document = run(Settings(**args), out, lambda text: print(text, file=sys.stderr, flush=True))
+    print(markdown(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
