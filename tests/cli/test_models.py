@@ -26,7 +26,10 @@ def test_json(capsys):
     vace = models["WanVACETransformer3DModel"]
     assert vace["sites"] == [r"vace_blocks\.\d+\.attn1", r"blocks\.\d+\.attn1"]
     assert (vace["text"], vace["padding"], vace["stock"]) == ("none", "", "cross-attention")
-    assert models["QwenImageTransformer2DModel"]["padding"] == "live keys per sample, moved behind the grid"
+    padding = {model: entry["padding"] for model, entry in models.items()}
+    assert padding["QwenImageTransformer2DModel"] == "live keys per sample, moved behind the grid"
+    assert padding["MochiTransformer3DModel"] == "cut by the model"
+    assert padding["CogVideoXTransformer3DModel"] == "attended to, as by the stock model"
 
 
 def test_markdown_has_a_row_per_class_and_as_many_cells_as_its_head(capsys):

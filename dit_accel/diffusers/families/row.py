@@ -28,7 +28,8 @@ class Family:
 
     ``text``: ``"none"``, ``"first"`` or ``"last"``: where text tokens are part of the sequence. ``cuts_text``: the
     model drops padded text before it attends, so the text of a call is what its tokens exceed the other segments by.
-    ``same_mask``: every site of a forward gets the same mask, though as a new tensor; it is then looked into once.
+    ``masks_text``: it masks padded text; elsewhere padding is attended to, by the stock model as by us. ``same_mask``:
+    every site of a forward gets the same mask, though as a new tensor; it is then looked into once.
 
     ``timestep``: the argument with the timestep; ``timestep_offset + timestep_scale * timestep`` is a value of the
     scheduler's timesteps. ``image``: never more than one frame. ``cross_sites``: regular expression over module names,
@@ -44,6 +45,7 @@ class Family:
     by_value: bool = False
     text: str = "none"
     cuts_text: bool = False
+    masks_text: bool = False
     same_mask: bool = False
     timestep: str = "timestep"
     timestep_scale: float = 1.0

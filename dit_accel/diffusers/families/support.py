@@ -63,10 +63,11 @@ def _padding(family: Family) -> str:
     if not family.joint:
         return ""
     if family.cuts_text and family.text == "first":
-        return "cut by the model; texts of different lengths run dense"
-    if family.cuts_text:
-        return "cut by the model, or live keys per sample"
-    return "live keys per sample" + (", moved behind the grid" if family.text == "first" else "")
+        return "cut by the model; texts of different lengths in one batch run dense"
+    if not family.masks_text:
+        return "cut by the model" if family.cuts_text else "attended to, as by the stock model"
+    kept = "live keys per sample" + (", moved behind the grid" if family.text == "first" else "")
+    return f"cut by the model, or {kept}" if family.cuts_text else kept
 
 
 def _cell(name: str, value: Any) -> str:

@@ -158,6 +158,7 @@ FAMILIES = (
         reads=("hidden_states", "encoder_hidden_states"),
         layout=_hunyuan_video,
         text="last",
+        masks_text=True,
         stock="token refiner",
     ),
     Family(
@@ -167,6 +168,7 @@ FAMILIES = (
         reads=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
         layout=_hunyuan_video15,
         text="last",
+        masks_text=True,
         same_mask=True,
         stock="token refiner",
     ),
@@ -180,6 +182,7 @@ FAMILIES = (
         ),
         layout=_framepack,
         text="last",
+        masks_text=True,
         cuts_text=True,
         stock="token refiner",
     ),
@@ -282,6 +285,7 @@ FAMILIES = (
         reads=("hidden_states", "encoder_hidden_states", "image_embeds"),
         layout=_motif,
         text="last",
+        masks_text=True,
     ),
     Family(
         name="helios",

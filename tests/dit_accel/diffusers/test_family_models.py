@@ -40,6 +40,9 @@ def test_all_blocks_equal_stock_and_stock_comes_back(ran):
     layers = engine.stats.layers
     assert [layer.sparse for layer in layers] == [case.calls] * len(layers)
     assert (engine.stats.dense, engine.stats.warnings) == ({}, [])
+    hiding = [live for *_, live in engine.forward.masks if live is not None]
+    assert not hiding or engine.family.masks_text
+    assert {live.turn for live in hiding} <= {case.turn}
     assert {layer.name: layer.layout for layer in layers} == {
         layer.name: case.layouts.get(layer.name, case.layout) for layer in layers
     }
