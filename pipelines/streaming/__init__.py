@@ -6,18 +6,23 @@ from .config import PRESETS, CacheConfig, preset
 from .decode import StreamingDecoder
 from .host import Host
 from .pipeline import Stream, StreamingPipeline, StreamStats
+from .reuse import FlashBlock, Similarity, merge
 from .rollout import Rollout
 from .rotation import Rotary
+from .sparse import Sparse
 from .steps import Steps, noise_of
 
 __all__ = [
     "PRESETS",
     "CacheConfig",
     "Dense",
+    "FlashBlock",
     "Host",
     "Pass",
     "Rollout",
     "Rotary",
+    "Similarity",
+    "Sparse",
     "Steps",
     "Stream",
     "StreamCache",
@@ -25,6 +30,7 @@ __all__ = [
     "StreamingDecoder",
     "StreamingPipeline",
     "WindowAttention",
+    "merge",
     "noise_of",
     "preset",
 ]
