@@ -90,7 +90,7 @@ def answer(question: Question) -> dict[str, Any]:
     method, schedule = processor.method, processor.schedule
     method.check_model(facts_of(model, info.family))
     found = _Found.of(method, layout, operations, shot.choice.density)
-    layers = _layers(method, schedule, shot.steps, operations.layers, found.density)
+    layers = _layers(method, schedule, shot.steps, operations.layers, found)
     sparse = 1 - sum(row["dense_steps"] for row in layers) / len(layers)
     density = None if found.density is None else sum(row["density"] for row in layers) / len(layers)
     result |= {
@@ -119,35 +119,54 @@ def answer(question: Question) -> dict[str, Any]:
 class _Found:
     """A method's plan on the layout, as far as it can be known. ``visited``: share of key tiles visited.
 
-    ``plan`` is that of the layout, ``trial`` one of a smaller grid that shows how a content-dependent plan is built.
+    ``plan`` is that of the layout, ``trial`` one of a smaller grid that shows how a content-dependent plan is built, or
+    ``why`` there is none. ``by_layer``: densities where layers differ.
     """
 
     density: float | None
     source: str
     visited: float | None
-    plan: Plan | None
-    trial: Plan | None
+    plan: Plan | None = None
+    trial: Plan | None = None
     why: str | None = None
+    by_layer: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, method: Method, layout: Layout, operations: Operations, density: float | None) -> _Found:
         if method.static:
             plan = make_plan(None, None, None, method, layout=layout)
             tiles = cost.plan_cost(plan)
-            return cls(plan.density, "the plan itself", tiles.mean / tiles.total, plan, None)
-        trial, why = _try(method, layout, operations.heads)
+            return cls(plan.density, "the plan itself", tiles.mean / tiles.total, plan)
+        if isinstance(method, Paro):
+            return cls._calibrated(method, layout, operations)
+        trials, why = _try(method, layout, operations.layers)
         known = (
-            (_calibrated(method), "the plan file"),
             (density, "what --density reaches; the method decides per call"),
             (getattr(method, "density", None), "the method's density parameter; it decides per call"),
         )
         for value, source in known:
             if value is not None:
-                return cls(value, source, value, None, trial, why)
-        if trial is not None:
-            source = f"made-up tensors on {trial.layout}; it decides per call, give --density for a firmer answer"
-            return cls(trial.density, source, trial.density, None, trial)
-        return cls(None, f"unknown before a run: {why}", None, None, None, why)
+                return cls(value, source, value, None, trials[0] if trials else None, why)
+        if not trials:
+            return cls(None, f"unknown before a run: {why}", None, why=why)
+        by_layer = {layer: trial.density for layer, trial in enumerate(trials)}
+        mean = sum(by_layer.values()) / len(by_layer)
+        source = f"made-up tensors on {trials[0].layout}; it decides per call, give --density for a firmer answer"
+        return cls(mean, source, mean, None, trials[0], None, by_layer)
+
+    @classmethod
+    def _calibrated(cls, method: Paro, layout: Layout, operations: Operations) -> _Found:
+        """A calibrated method's plans are in its file; they read no tensor."""
+        file = PlanFile.open(method.plan_file)
+        bins = range(file.header.bins)
+        by_layer = {
+            layer: sum(float(file.map(layer, b).double().mean()) for b in bins) / len(bins)
+            for layer in file.header.layers
+        }
+        call = Call(layout, layer=file.header.layers[0])
+        trial = method.plan(torch.empty((1, operations.heads, 0, 1)), None, None, call)
+        mean = file.header.reached
+        return cls(mean, "the plan file", mean, None, trial, None, by_layer)
 
     @property
     def padding(self) -> dict[str, Any] | None:
@@ -196,52 +215,35 @@ def _operations(found: Operations, forwards: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _try(method: Method, layout: Layout, heads: int) -> tuple[Plan | None, str | None]:
-    """A plan that shows the form of those a content-dependent method makes, or why there is none.
+def _try(method: Method, layout: Layout, layers: int) -> tuple[list[Plan], str | None]:
+    """A plan per layer that shows what a content-dependent method does, or why there is none.
 
-    A calibrated method reads no tensor; others plan made-up ones on a small grid.
+    Made-up tensors on a small grid, at a step in the middle of a run, past those on which a method may be dense.
     """
-    if isinstance(method, Paro):
-        first = PlanFile.open(method.plan_file).header.layers[0]
-        return method.plan(torch.empty((1, heads, 0, 1)), None, None, Call(layout, layer=first)), None
     grid = tuple(min(n, limit) for n, limit in zip(layout.grid, _TRIAL, strict=True))
     small = Layout(grid=grid, text=min(layout.text, 8))
     # Two heads that differ, so that a plan which may differ by head shows it.
     two = [synthetic_tensors(small, seed) for seed in (0, 1)]
     q, k, v = (torch.cat(part, 1) for part in zip(*two, strict=True))
+    step = Step(index=12, total=50)
     try:
-        # The middle of a run, past the steps on which a method may be dense or search.
-        plan = make_plan(q, k, v, method, layout=small, step=Step(index=12, total=50))
-        return plan, None if plan is not None else "the method is dense on the step tried"
+        plans = [make_plan(q, k, v, method, layout=small, step=step, layer=layer) for layer in range(layers)]
     except (DitAccelError, ValueError) as error:
-        return None, str(error)
+        return [], str(error)
+    return ([], "the method is dense on the step tried") if None in plans else (plans, None)
 
 
-def _calibrated(method: Method) -> float | None:
-    return PlanFile.open(method.plan_file).header.reached if isinstance(method, Paro) else None
-
-
-def _layers(method: Method, schedule: Schedule, steps: int, layers: int, density: float | None) -> list[dict[str, Any]]:
+def _layers(method: Method, schedule: Schedule, steps: int, layers: int, found: _Found) -> list[dict[str, Any]]:
     """Per layer the density of its plan, the share of steps that leave it dense, and the effective density."""
-    calibrated = _layer_densities(method) if isinstance(method, Paro) else {}
     own, rows = set(method.dense_steps(steps)), []
     for layer in range(layers):
-        kept = calibrated.get(layer, density)
+        kept = found.by_layer.get(layer, found.density)
         dense = sum(i in own or schedule.is_dense(Step(index=i, total=steps), layer) for i in range(steps)) / steps
         rows.append({
             "layer": layer, "plan": kept, "dense_steps": dense,
             "density": None if kept is None else dense + (1 - dense) * kept,
         })  # fmt: skip
     return rows
-
-
-def _layer_densities(method: Paro) -> dict[int, float]:
-    """The mean over bins and heads of a calibrated plan, by layer."""
-    file = PlanFile.open(method.plan_file)
-    bins = range(file.header.bins)
-    return {
-        layer: sum(float(file.map(layer, b).double().mean()) for b in bins) / len(bins) for layer in file.header.layers
-    }
 
 
 def _predictions(operations: Operations, found: _Found, sparse: float) -> list[dict[str, Any]]:

@@ -37,12 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..pipelines.prompts import parse_size
-    from .console import Console, emit
+    from .console import Console, calm_libraries, emit
 
     console = Console(json=args.json)
     size = parse_size(args.size) if args.size else None
     from ..eval.planner import Question, answer
 
+    calm_libraries()
     found = answer(
         Question(
             model=args.model,

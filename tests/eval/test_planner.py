@@ -118,6 +118,15 @@ def test_a_method_that_decides_per_call_is_planned_by_its_parameter():
     assert found["density"]["sparse_share"] < 1
 
 
+def test_a_method_whose_layers_differ_tells_each_density():
+    """VMoBA cuts time, space and both in turn, layer by layer."""
+    found = answer(Question(accel=Acceleration("vmoba"), device="cpu"))
+    rows = [row["plan"] for row in found["density"]["layers"]]
+    assert len({round(value, 6) for value in rows}) > 1
+    assert found["density"]["plan"] == pytest.approx(sum(rows) / len(rows))
+    assert "made-up tensors" in found["density"]["source"]
+
+
 def test_dense():
     found = answer(Question(accel=Acceleration("dense")))
     assert found["method"] is None
