@@ -32,6 +32,7 @@ from .geometry import geometry
 from .job import DEFAULT_SEED, Job, Shot, resolve
 from .load import load, pick_device, pick_dtype
 from .model import BUNDLED, ModelInfo, inspect_model
+from .options import LoadOptions
 from .prompts import Prompt, read_prompts
 
 # The published calibration takes one or two example prompts of the model's own.
@@ -132,7 +133,7 @@ def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progr
     info = inspect_model(job.model, image=job.image is not None or any(p.image for p in job.prompts))
     shots = plan_shots(job, info)
     tell("loading", {"model": info.name, "device": str(device)})
-    pipe = load(info, dtype=dtype, device=str(device), offload=job.offload)
+    pipe = load(info, dtype=dtype, device=str(device), options=LoadOptions(offload="model" if job.offload else None))
     first = _orders_first(job, pipe, info, shots[0])
     started = time.perf_counter()
     run = {"backend": job.backend, "tell": tell, "progress": progress}

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from .acceleration import Acceleration, Choice, choose
 from .geometry import Geometry, geometry
 from .model import ModelInfo
+from .options import LoadOptions
 from .prompts import Prompt, slug
 
 DEFAULT_SEED = 42
@@ -47,7 +48,7 @@ class Job:
     overwrite: bool = False
     device: str = "auto"
     dtype: str = "auto"
-    offload: bool = False
+    load: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Shot:
             "compare": job.compare,
             "gif": job.gif and self.is_video,
             "frames_dir": job.frames_dir is not None,
+            **job.load.settings(),
         }
 
 

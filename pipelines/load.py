@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import DitAccelError, UsageError
 from .model import ModelInfo, inspect_model
+from .options import LoadOptions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
@@ -42,28 +44,64 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     image: bool = False,
-    offload: bool = False,
+    options: LoadOptions | None = None,
 ) -> Any:
     """The pipeline of ``model`` (folder, hub id, ``ModelInfo``, or None for the bundled one) on ``device``.
 
-    ``image`` picks the family's image-to-video class. ``offload`` keeps each part on the CPU until it runs. Wan's
-    VAE stays in float32, as its published examples have it. Raises ``UsageError`` and ``UnsupportedError`` as
-    :func:`~dit_accel.pipelines.model.inspect_model` does, ``DitAccelError`` where weights are missing or broken.
+    ``image`` picks the family's image-to-video class. ``options``: memory, compilation, caches, adapters. Wan's VAE
+    stays in float32, as its published examples have it. Only safetensors are read. Raises ``UsageError`` and
+    ``UnsupportedError`` as :func:`~dit_accel.pipelines.model.inspect_model` and ``LoadOptions`` do, ``DitAccelError``
+    where weights are gated, missing or broken.
     """
     where = pick_device(device)
     kind = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, where)
     info = model if isinstance(model, ModelInfo) else inspect_model(model, image=image)
+    options = options or LoadOptions()
     dtypes = {"default": kind, "vae": torch.float32} if info.pipeline_class.__name__.startswith("Wan") else kind
     try:
-        pipe = info.pipeline_class.from_pretrained(info.source, dtype=dtypes, revision=info.revision)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        pipe = info.pipeline_class.from_pretrained(
+            info.source, dtype=dtypes, revision=info.revision, use_safetensors=True, **options.arguments()
+        )
+    except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise DitAccelError(
-            f"{info.name} could not be loaded as a {info.pipeline_class.__name__}: {type(error).__name__}: {error}"
-        ) from error
-    if offload and where.type != "cpu":
-        pipe.enable_model_cpu_offload(device=where)
-    else:
-        pipe.to(where)
+        raise DitAccelError(_why(info, error)) from error
+    options.apply(pipe, where)
     return pipe
+
+
+def _why(info: ModelInfo, error: Exception) -> str:
+    """What is wrong with a model that does not load, and what to do."""
+    head = f"{info.name} could not be loaded as a {info.pipeline_class.__name__}"
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if "GatedRepoError" in kinds or "gated repo" in str(error).lower():
+        return (
+            f"{head}: its weights are gated. Accept the licence at https://huggingface.co/{info.name}, "
+            "log in with `hf auth login`, and run again"
+        )
+    damaged = _damaged(Path(info.source))
+    if damaged:
+        return f"{head}: {damaged}"
+    return f"{head}: {type(error).__name__}: {error}"
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first part of a local model whose weights are missing, pickled or cut short; None where all can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        return None
+    for part in sorted(path.parent for path in folder.glob("*/config.json")):
+        weights = sorted(part.glob("*.safetensors"))
+        if not weights:
+            pickled = next((path.name for suffix in ("bin", "pt", "ckpt") for path in part.glob(f"*.{suffix}")), None)
+            if pickled:
+                return f"{part.name} has only pickled weights ({pickled}), which can run code; convert to safetensors"
+            return f"{part.name} has no weights (*.safetensors in {part}); download the model again"
+        for path in weights:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                return f"{part.name}/{path.name} is damaged ({error}); download it again"
+    return None

@@ -112,7 +112,7 @@ def render(
         return
     tell("loading", {"model": plan.info.name, "device": str(plan.device)})
     try:
-        pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), offload=plan.job.offload)
+        pipe = load(plan.info, dtype=plan.dtype, device=str(plan.device), options=plan.job.load)
     except torch.OutOfMemoryError as error:
         raise DitAccelError(describe(error)) from error
     for outcome in todo:

@@ -34,7 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="DIR|ID", help="pipeline folder or hub id (default: the bundled model)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: bfloat16 on a GPU, else float32)")
-    add("--offload", action="store_true", help="keep each part of the model on the CPU until it runs")
+    add("--offload", nargs="?", const="model", metavar="KIND",
+        help="keep weights on the CPU until they run: model (default), group, sequential")  # fmt: skip
+    add("--device-map", metavar="MAP", help="spread the parts over the devices as diffusers does, e.g. balanced")
+    add("--quantize", metavar="KIND", help="quantised transformer weights: bnb-8bit, bnb-4bit")
+    add("--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a LoRA; repeatable")
+    add("--cache", metavar="KIND", help="skip steps' blocks by diffusers' cache: firstblock, or firstblock=THRESHOLD")
+    add("--vae-tiling", action="store_true", help="decode in tiles: less memory, slightly other pixels")
+    add("--compile", action="store_true", help="compile the transformer's blocks")
 
     attention.add_arguments(parser)
 
@@ -140,6 +147,7 @@ def _job(args: argparse.Namespace) -> Any:
     prompts = tuple(read_prompts(args.prompts))
     size = parse_size(args.size) if args.size else None
     from ..pipelines.job import Job
+    from ..pipelines.options import LoadOptions
 
     return Job(
         prompts=prompts,
@@ -162,5 +170,13 @@ def _job(args: argparse.Namespace) -> Any:
         overwrite=args.overwrite,
         device=args.device,
         dtype=args.dtype,
-        offload=args.offload,
+        load=LoadOptions(
+            offload=args.offload,
+            compile=args.compile,
+            vae_tiling=args.vae_tiling,
+            cache=args.cache,
+            lora=tuple(args.lora),
+            quantize=args.quantize,
+            device_map=args.device_map,
+        ),
     )
