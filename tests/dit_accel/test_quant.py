@@ -5,52 +5,20 @@ import pickle
 import pytest
 import represented
 import torch
-from paro_plans import plan_file
+from quantised import COMPUTE, LATE, error, make
+from quantised import tensors as of_layout
 
 import dit_accel
-from dit_accel import Layout, Quant, QuantProcessor, RadialProcessor, Step, UnsupportedError, UsageError, attend
+from dit_accel import Layout, Quant, QuantProcessor, RadialProcessor, UnsupportedError, UsageError, attend
 from dit_accel.kernels.quant import capability
 from dit_accel.methods import REGISTRY
 from dit_accel.quant import PRESETS, parse_quant, quant_name, resolve_quant
 
 LAYOUT = Layout((5, 6, 7), text=9)
-LATE = Step(30, 50)
-SETTINGS = {
-    "radial": {"block_size": 32},
-    "gna": {"window": (3, 5, 5)},
-    "clear": {"radius": 8},
-    "vmoba": {"chunks": (2, (3, 4), (2, 3, 4)), "k": 2},
-    "pisa": {"block_size": 16, "density": 0.5},
-    "rectified": {"block_size": 16},
-    "pyramid": {"block_q": 32, "block_k": 16, "bounds": (0.5, 0.6, 0.7, 0.8)},
-    "adaspa": {"block_size": 16, "density": 0.5},
-    "all-blocks": {"block_size": 32},
-    "random-blocks": {"block_size": 16},
-}
-COMPUTE = {
-    "int8": Quant(qk="int8"),
-    "int8-fp8": Quant.sage2(),
-    "int4": Quant(qk="int4", granularity="thread"),
-}
 
 
-def tensors(layout=LAYOUT, batch=1, heads=3, dim=32, bias=2.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, batch, heads, layout.tokens, dim, generator=g)
-    channels = torch.randn(2, 1, heads, 1, dim, generator=g)
-    return q + channels[0] / 2, k + bias * channels[0], v + channels[1]
-
-
-def make(name, tmp_path):
-    layout = Layout((1, 30, 7), text=9) if name == "clear" else LAYOUT
-    settings = dict(SETTINGS.get(name, {}))
-    if name == "paro":
-        settings["plan_file"], _ = plan_file(tmp_path / "plan.safetensors", layout, block=16)
-    return REGISTRY[name](**settings), layout
-
-
-def error(out, expected):
-    return ((out - expected).abs().sum() / expected.abs().sum()).item()
+def tensors(layout=LAYOUT, **settings):
+    return of_layout(layout, **settings)
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -58,7 +26,7 @@ def error(out, expected):
 @pytest.mark.filterwarnings("ignore:Clear is experimental")
 def test_every_method_takes_every_format(name, compute, tmp_path):
     """The same plan quantised loses at most half again what dense attention loses on the same tensors."""
-    method, layout = make(name, tmp_path)
+    method, layout = make(name, tmp_path, LAYOUT)
     q, k, v = tensors(layout)
     before = [x.clone() for x in (q, k, v)]
     plan = dit_accel.plan(q, k, v, method, layout=layout, step=LATE)
@@ -73,7 +41,7 @@ def test_every_method_takes_every_format(name, compute, tmp_path):
 @pytest.mark.parametrize("name", [name for name in ("pisa", "pyramid") if name in REGISTRY])
 def test_keys_with_a_large_common_bias(name, tmp_path):
     """Representatives are those of the smoothed keys, so all logits of a row share one offset."""
-    method, layout = make(name, tmp_path)
+    method, layout = make(name, tmp_path, LAYOUT)
     lost = []
     for bias in (0.0, 40.0):
         q, k, v = tensors(layout, bias=bias)

@@ -1,12 +1,16 @@
 """The quantised Triton kernel in Triton's interpreter, against the reference tier. Run with TRITON_INTERPRET=1 set."""
 
 import pytest
+import quantised
 import represented
 import torch
 
+import dit_accel
+from dit_accel import Layout
 from dit_accel.kernels import tuning
 from dit_accel.kernels.quant.api import choose, quantized_attention
 from dit_accel.lowering import lower
+from dit_accel.methods import REGISTRY
 from dit_accel.quant import PRESETS, Quant
 
 SMALL = tuning.Tuning(block_q=32, full=32, tested=32, gathered=32, warps=4, stages=1)
@@ -66,6 +70,22 @@ def test_16_bit_inputs(make_case, dtype, name):
     ]
     assert out[0].dtype == dtype
     torch.testing.assert_close(*out, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("compute", quantised.COMPUTE)
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.filterwarnings("ignore:Clear is experimental")
+def test_every_method_takes_every_format(name, compute, tmp_path):
+    """As the test of the same name on the reference tier."""
+    method, layout = quantised.make(name, tmp_path, Layout((3, 5, 6), text=7), heads=2)
+    q, k, v = quantised.tensors(layout, heads=2, dim=16)
+    plan = dit_accel.plan(q, k, v, method, layout=layout, step=quantised.LATE)
+    out = [
+        dit_accel.attend(q, k, v, plan=plan, layout=layout, quant=quantised.COMPUTE[compute], backend=tier)
+        for tier in ("triton", "reference")
+    ]
+    # Weights of 8 bits go by the running maximum of a block, and the kernel's blocks are not the plan's tiles.
+    assert quantised.error(*out) < (0.01 if compute == "int8-fp8" else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sage2-int4", "int8-tile"])

@@ -313,6 +313,19 @@ def test_values_beyond_fp16_do_not_overflow(name):
         assert relative(out, sdpa(q.double(), k.double(), v.double() * size)) < 0.03
 
 
+def test_a_long_sequence():
+    """163,840 tokens, each tile of queries seeing its own tile of keys and the first one."""
+    n, tile = 163_840, 256
+    q, k, v = torch.randn(3, 1, 1, n, 16, generator=torch.Generator().manual_seed(0))
+    own = torch.arange(n // tile, dtype=torch.int32)
+    lists = BlockList((1 + (own > 0).int())[None, None], torch.stack([own, torch.zeros_like(own)], -1)[None, None])
+    out, _ = quantized_attention(q, k, v, TilePlan(tile, tile, n, n, lists), Quant.sage2(), scale=0.25)
+    seen = torch.cat([torch.arange(tile), torch.arange(n - tile, n)])
+    expected = sdpa(q[:, :, -tile:], k[:, :, seen], v[:, :, seen], scale=0.25)
+    assert relative(out[:, :, -tile:], expected) < 0.05
+    assert out.isfinite().all()
+
+
 def test_what_cannot_run_says_why(monkeypatch):
     q = torch.zeros(1, 1, 64, 64)
     assert choose(q, dense(64, 64), Quant.sage2()) == ("quant-reference", "q is on cpu")
