@@ -88,6 +88,33 @@ class TilePlan:
         total = int(self.full.count.sum())
         return total + (int(self.partial.count.sum()) if self.partial is not None else 0)
 
+    def of_heads(self, own: slice, heads: int) -> TilePlan:
+        """The plan of some of ``heads`` query heads. ``own``: a slice of them; it holds whole groups of key heads."""
+
+        def cut(table: Tensor | None) -> Tensor | None:
+            """(B1, heads or fewer, ..): fewer are key heads, or 1 for all."""
+            if table is None or table.shape[1] == 1:
+                return table
+            size = table.shape[1]
+            return table[:, own.start * size // heads : own.stop * size // heads]
+
+        def listed(entry: BlockList | None) -> BlockList | None:
+            return None if entry is None else BlockList(cut(entry.count), cut(entry.index))
+
+        def placed(order: Tensor | None) -> Tensor | None:
+            return order[own] if order is not None and order.ndim == 2 else order
+
+        return replace(
+            self, full=listed(self.full), partial=listed(self.partial),
+            gate=None if self.gate is None else replace(self.gate, table=cut(self.gate.table)),
+            order=placed(self.order), kv_order=placed(self.kv_order),
+            reps=tuple(
+                replace(one, key=cut(one.key), value=cut(one.value), count=cut(one.count), seen=listed(one.seen))
+                for one in self.reps
+            ),
+            first_order=cut(self.first_order), row_scale=cut(self.row_scale), row_add=cut(self.row_add), _memo={},
+        )  # fmt: skip
+
     def pair_visible(self, b: int, h: int, q: Tensor, k: Tensor) -> Tensor:
         """bool: whether pairs of a *partial* tile are visible; ``b``, ``h`` address the gate's table."""
         if self.gate is None:

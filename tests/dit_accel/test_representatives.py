@@ -8,7 +8,7 @@ from represented import CASES, RAGGED, UNIFORM, B, brute, case
 
 from dit_accel import attend
 from dit_accel.errors import UnsupportedError
-from dit_accel.kernels.block_sparse import choose
+from dit_accel.kernels.block_sparse import choose, flash_rows
 from dit_accel.lowering import lower
 
 
@@ -41,6 +41,14 @@ def test_every_case_through_compiled_flex(name, permuted):
     q, k, v, plan, kind = case(**settings, order=order)
     out = attend(q, k, v, plan=plan, layout=plan.layout, backend="flex")
     torch.testing.assert_close(out.double(), brute(q, k, v, plan, kind, settings["sizes"])[0], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_heads_in_turn_are_the_same(name, monkeypatch):
+    q, k, v, plan, _ = case(**CASES[name])
+    once = attend(q, k, v, plan=plan, layout=plan.layout, backend="flash")
+    monkeypatch.setattr(flash_rows, "SOURCE", 1)
+    torch.testing.assert_close(attend(q, k, v, plan=plan, layout=plan.layout, backend="flash"), once)
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather", "flash"])

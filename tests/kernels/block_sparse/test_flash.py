@@ -95,10 +95,12 @@ def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
         block_sparse_attention(q, k, v, partial, scale=1.0, backend="flash")
 
 
+@pytest.mark.parametrize("source", [1, 1 << 26], ids=["heads in turn", "heads at once"])
 @pytest.mark.parametrize("strips", [1, 5000, 1 << 22], ids=["a row a call", "some", "all in one"])
 @pytest.mark.parametrize("tables", [(1, 4), (2, 4), (2, 1)], ids=["head", "sample and head", "sample"])
-def test_lists_by_sample_and_head_ragged_gqa_dead_keys(tables, strips, monkeypatch):
+def test_lists_by_sample_and_head_ragged_gqa_dead_keys(tables, strips, source, monkeypatch):
     monkeypatch.setattr(flash_rows, "STRIPS", strips)
+    monkeypatch.setattr(flash_rows, "SOURCE", source)
     generator = torch.Generator().manual_seed(4)
     mask = torch.rand(*tables, 5, 4, generator=generator) < 0.5
     mask[0, 0, 2] = False  # a tile without a key
