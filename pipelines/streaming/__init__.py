@@ -11,6 +11,7 @@ from .rollout import Rollout
 from .rotation import Rotary
 from .sparse import Sparse
 from .steps import Steps, noise_of
+from .weights import LoadReport, load_checkpoint
 
 __all__ = [
     "PRESETS",
@@ -18,6 +19,7 @@ __all__ = [
     "Dense",
     "FlashBlock",
     "Host",
+    "LoadReport",
     "Pass",
     "Rollout",
     "Rotary",
@@ -30,6 +32,7 @@ __all__ = [
     "StreamingDecoder",
     "StreamingPipeline",
     "WindowAttention",
+    "load_checkpoint",
     "merge",
     "noise_of",
     "preset",
