@@ -9,35 +9,29 @@ from typing import Any
 
 import torch
 
-from .. import cost
 from ..diffusers.facts import facts_of
-from ..errors import DitAccelError, UnsupportedError, UsageError
-from ..functional import plan as make_plan
+from ..errors import UnsupportedError, UsageError
 from ..functional import tier_of
 from ..layout import Layout
 from ..lowering import lower
-from ..methods import Call, Method, Paro
-from ..methods.paro_file import PlanFile
+from ..methods import Method
 from ..pipelines.acceleration import Acceleration
 from ..pipelines.geometry import geometry
 from ..pipelines.job import Job, Shot, resolve
 from ..pipelines.load import pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
 from ..pipelines.prompts import Prompt
-from ..plans import Plan
 from ..processors import Processor
 from ..quant import resolve_quant
 from ..schedule import Schedule
 from ..step import Step
-from .atlas import synthetic_tensors
 from .devices import CLASSES
 from .flops import Operations, count, skeleton
+from .probe import Probe
 from .speed import amdahl
 
 # Gains below WORTH do not pay for a method. Below SMALL with attention for free, attention's share is what is lacking.
 WORTH, SMALL = 1.1, 1.25
-# Tokens per axis of the grid on which a content-dependent method is tried.
-_TRIAL = (5, 12, 12)
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def answer(question: Question) -> dict[str, Any]:
         return result | {"verdict": _dense_verdict(operations)}
     method, schedule = processor.method, processor.schedule
     method.check_model(facts_of(model, info.family))
-    found = _Found.of(method, layout, operations, shot.choice.density)
+    found = Probe.of(method, layout, operations, shot.choice.density)
     layers = _layers(method, schedule, shot.steps, operations.layers, found)
     sparse = 1 - sum(row["dense_steps"] for row in layers) / len(layers)
     density = None if found.density is None else sum(row["density"] for row in layers) / len(layers)
@@ -113,74 +107,6 @@ def answer(question: Question) -> dict[str, Any]:
         "tier": _tier(found, device, dtype, operations, processor),
     }  # fmt: skip
     return result | {"verdict": _verdict(result)}
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A method's plan on the layout, as far as it can be known. ``visited``: share of key tiles visited.
-
-    ``plan`` is that of the layout, ``trial`` one of a smaller grid that shows how a content-dependent plan is built, or
-    ``why`` there is none. ``by_layer``: densities where layers differ.
-    """
-
-    density: float | None
-    source: str
-    visited: float | None
-    plan: Plan | None = None
-    trial: Plan | None = None
-    why: str | None = None
-    by_layer: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, method: Method, layout: Layout, operations: Operations, density: float | None) -> _Found:
-        if method.static:
-            plan = make_plan(None, None, None, method, layout=layout)
-            tiles = cost.plan_cost(plan)
-            return cls(plan.density, "the plan itself", tiles.mean / tiles.total, plan)
-        if isinstance(method, Paro):
-            return cls._calibrated(method, layout, operations)
-        trials, why = _try(method, layout, operations.layers)
-        known = (
-            (density, "what --density reaches; the method decides per call"),
-            (getattr(method, "density", None), "the method's density parameter; it decides per call"),
-        )
-        for value, source in known:
-            if value is not None:
-                return cls(value, source, value, None, trials[0] if trials else None, why)
-        if not trials:
-            return cls(None, f"unknown before a run: {why}", None, why=why)
-        by_layer = {layer: trial.density for layer, trial in enumerate(trials)}
-        mean = sum(by_layer.values()) / len(by_layer)
-        source = f"made-up tensors on {trials[0].layout}; it decides per call, give --density for a firmer answer"
-        return cls(mean, source, mean, None, trials[0], None, by_layer)
-
-    @classmethod
-    def _calibrated(cls, method: Paro, layout: Layout, operations: Operations) -> _Found:
-        """A calibrated method's plans are in its file; they read no tensor."""
-        file = PlanFile.open(method.plan_file)
-        bins = range(file.header.bins)
-        by_layer = {
-            layer: sum(float(file.map(layer, b).double().mean()) for b in bins) / len(bins)
-            for layer in file.header.layers
-        }
-        call = Call(layout, layer=file.header.layers[0])
-        trial = method.plan(torch.empty((1, operations.heads, 0, 1)), None, None, call)
-        mean = file.header.reached
-        return cls(mean, "the plan file", mean, None, trial, None, by_layer)
-
-    @property
-    def padding(self) -> dict[str, Any] | None:
-        """Slots that the kernel tiles add to the sequence."""
-        if self.plan is None:
-            return None
-        tiles = lower(self.plan)
-        whole = -(-tiles.n_k // tiles.tile_k) * tiles.tile_k
-        return {"tile": [tiles.tile_q, tiles.tile_k], "slots": whole, "share": whole / self.plan.k_blocks.n - 1}
-
-    @property
-    def tables(self) -> int | None:
-        """Bytes of the plan's tables; None where a plan is made for every call."""
-        return None if self.plan is None else _bytes(self.plan)
 
 
 def _shot(question: Question, info: ModelInfo) -> Shot:
@@ -215,25 +141,7 @@ def _operations(found: Operations, forwards: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _try(method: Method, layout: Layout, layers: int) -> tuple[list[Plan], str | None]:
-    """A plan per layer that shows what a content-dependent method does, or why there is none.
-
-    Made-up tensors on a small grid, at a step in the middle of a run, past those on which a method may be dense.
-    """
-    grid = tuple(min(n, limit) for n, limit in zip(layout.grid, _TRIAL, strict=True))
-    small = Layout(grid=grid, text=min(layout.text, 8))
-    # Two heads that differ, so that a plan which may differ by head shows it.
-    two = [synthetic_tensors(small, seed) for seed in (0, 1)]
-    q, k, v = (torch.cat(part, 1) for part in zip(*two, strict=True))
-    step = Step(index=12, total=50)
-    try:
-        plans = [make_plan(q, k, v, method, layout=small, step=step, layer=layer) for layer in range(layers)]
-    except (DitAccelError, ValueError) as error:
-        return [], str(error)
-    return ([], "the method is dense on the step tried") if None in plans else (plans, None)
-
-
-def _layers(method: Method, schedule: Schedule, steps: int, layers: int, found: _Found) -> list[dict[str, Any]]:
+def _layers(method: Method, schedule: Schedule, steps: int, layers: int, found: Probe) -> list[dict[str, Any]]:
     """Per layer the density of its plan, the share of steps that leave it dense, and the effective density."""
     own, rows = set(method.dense_steps(steps)), []
     for layer in range(layers):
@@ -246,24 +154,15 @@ def _layers(method: Method, schedule: Schedule, steps: int, layers: int, found: 
     return rows
 
 
-def _predictions(operations: Operations, found: _Found, sparse: float) -> list[dict[str, Any]]:
+def _predictions(operations: Operations, found: Probe, sparse: float) -> list[dict[str, Any]]:
     if found.visited is None:
         return []
     rest = operations.cross + operations.linear
     return [device.predict(operations.attention, rest, found.visited, sparse) for device in CLASSES]
 
 
-def _bytes(plan: Plan) -> int:
-    """Of everything a plan keeps: lists, orders, predicate tables."""
-    seen = [plan.order, plan.kv_order]
-    if plan.predicate is not None:
-        seen += [getattr(plan.predicate, f.name) for f in dataclasses.fields(plan.predicate)]
-    tensors = {id(x): x for x in seen if isinstance(x, torch.Tensor)}
-    return plan.bytes() + sum(x.nbytes for x in tensors.values())
-
-
 def _tier(
-    found: _Found, device: torch.device, dtype: torch.dtype, operations: Operations, processor: Processor
+    found: Probe, device: torch.device, dtype: torch.dtype, operations: Operations, processor: Processor
 ) -> dict[str, Any]:
     """The tier that would run on this machine, and why those before it would not; and the one of NVIDIA GPUs."""
     plan, dim = found.plan or found.trial, operations.width // operations.heads
