@@ -6,6 +6,9 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread per worker: several workers with a thread per core each would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRANSFORMERS = {
     "WanPipeline": "WanTransformer3DModel",

@@ -36,10 +36,10 @@ def test_every_module_that_is_run_exists():
 
 def test_ci_runs_the_test_command():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    install, test = 'pip install -c constraints.txt -e ".[dev]"', "pytest"
+    install, test = 'pip install -c constraints.txt -e ".[dev]"', "pytest -n 2 --dist loadfile"
     assert f"{install} && {test}" in README
     assert install.replace("pip install", "pip install -q") in ci
-    assert re.search(r"^(\w+=\w+ )?pytest\b", ci, flags=re.MULTILINE)
+    assert re.search(rf"^(\w+=\w+ )?{test}\b", ci, flags=re.MULTILINE)
 
 
 def test_python_snippets_name_what_the_package_has():
