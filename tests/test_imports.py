@@ -65,6 +65,10 @@ ALLOWED = {
 }
 
 
+# Dense attention of others, used where it is installed; imported inside functions (the test of optional packages).
+DETECTED = {"flash_attn", "flash_attn_interface", "sageattention"}
+
+
 def test_arrows_never_run_back():
     wrong = []
     for module, path in modules():
@@ -77,7 +81,7 @@ def test_arrows_never_run_back():
             top = name.split(".")[0]
             if own in ("kernels", "core", "methods") and top in ("diffusers", "transformers", "accelerate"):
                 wrong.append(f"{module} imports {name}")
-            if own == "kernels" and top not in (*sys.stdlib_module_names, "torch", "triton", "dit_accel"):
+            if own == "kernels" and top not in {*sys.stdlib_module_names, "torch", "triton", "dit_accel", *DETECTED}:
                 wrong.append(f"{module} imports {name}")
     assert not wrong, "\n".join(wrong)
 
