@@ -178,6 +178,17 @@ def test_dead_keys_are_in_no_mean_and_no_count(settings, valid):
         torch.testing.assert_close(out.double(), expected, **CLOSE)
 
 
+def test_dead_blocks_come_behind_live_ones_without_importance():
+    """Half of the cubes along the curve are dead, and the importance of all but the best underflows."""
+    layout = Layout((4, 4, 4))
+    q, k, v = tensors(layout, scale=300)
+    method = Pyramid(levels=(1,), bounds=(0.5,), block_q=8, block_k=8, tile=8)
+    made = make(q, k, v, method, layout=layout, kv_valid=torch.tensor([32, 32], dtype=torch.int32))
+    alive = torch.tensor(main_tokens(layout, "gilbert")).view(8, 8)[:, 0] < 32
+    assert not alive[:4].all()
+    assert torch.equal(made.block_mask, alive.expand(B, H, 8, 8))
+
+
 def dense(q, k, v):
     return scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
 
