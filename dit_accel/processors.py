@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
+from .kernels.quant.api import TIERS
 from .methods import GNA, AdaSpa, AllBlocks, Clear, Method, Paro, Pisa, Pyramid, Radial, RandomBlocks, Rectified, VMoBA
 from .quant import Quant, parse_quant, quant_name
 from .schedule import Schedule
@@ -40,6 +41,10 @@ class Processor:
             raise UsageError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if on_unsupported not in ON_UNSUPPORTED:
             raise UsageError(f"on_unsupported {on_unsupported!r} is unknown; choose 'dense' or 'error'")
+        if quant is not None and backend not in TIERS:
+            raise UsageError(
+                f"backend {backend!r} cannot quantise; choose auto, triton or reference, or leave quant out"
+            )
         self.method = method
         self.quant = parse_quant(quant)
         own = Schedule() if method is None else method.default_schedule()
