@@ -22,6 +22,8 @@ OPTIONAL = {
 _REQUIRED = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "imageio", "imageio-ffmpeg", "ftfy",
 )  # fmt: skip
+# MPS, XPU and ROCm have what the gather tier needs, plain torch operations. Nobody here has measured them.
+_GATHER = "no kernel of ours; the gather tier, or flex where its self-check passes; not tested by this project"
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CXX")
 
 
@@ -80,11 +82,17 @@ def compiler() -> str | None:
 
 
 def gpus() -> dict[str, str]:
-    """``cuda:0`` -> name, architecture, memory."""
+    """``cuda:0`` -> name, architecture, memory; for other accelerators what this library runs on them."""
     found = {}
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        # On ROCm torch calls the device cuda too; our Triton kernels are written and tested for NVIDIA.
+        arch = f"{p.gcnArchName}, ROCm: {_GATHER}" if torch.version.hip else f"sm{p.major}{p.minor}"
+        found[f"cuda:{i}"] = f"{p.name}, {arch}, {p.total_memory / 2**30:.0f} GiB"
+    if torch.backends.mps.is_available():
+        found["mps"] = f"Apple GPU: {_GATHER}"
+    for i in range(torch.xpu.device_count()):
+        found[f"xpu:{i}"] = f"{torch.xpu.get_device_name(i)}: {_GATHER}"
     return found or {"cuda": "none" if torch.version.cuda else "none (this torch is built for CPU)"}
 
 

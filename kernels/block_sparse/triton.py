@@ -32,6 +32,8 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
     """Why this tier cannot take the call, or None."""
     if q.device.type != "cuda" and not interpreted():
         return f"q is on {q.device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment to emulate"
+    if torch.version.hip and not interpreted():
+        return "this torch is built for ROCm, and the kernel was written and measured for NVIDIA only"
     if q.device.type == "cuda" and not interpreted():
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):

@@ -1,4 +1,7 @@
 import json
+from types import SimpleNamespace
+
+import torch
 
 from dit_accel.eval import environment as module
 from dit_accel.eval.environment import environment, tiers
@@ -45,3 +48,32 @@ def test_a_missing_model_is_told(monkeypatch):
 
     monkeypatch.setattr(mini, "path", absent)
     assert module._bundled() == "missing (nothing here)"
+
+
+def test_accelerators_other_than_nvidia_are_told_which_tier_they_get(monkeypatch):
+    properties = SimpleNamespace(name="MI300X", gcnArchName="gfx942", major=9, minor=4, total_memory=192 * 2**30)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties)
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.xpu.device_count", lambda: 1)
+    monkeypatch.setattr("torch.xpu.get_device_name", lambda index: "Arc B580")
+    found = module.gpus()
+    assert set(found) == {"cuda:0", "mps", "xpu:0"}
+    assert all("gather tier" in text for text in found.values())
+    assert "gfx942, ROCm" in found["cuda:0"]
+    monkeypatch.setattr("torch.version.hip", None)
+    assert module.gpus()["cuda:0"] == "MI300X, sm94, 192 GiB"
+
+
+def test_rocm_gets_no_triton_kernel(monkeypatch):
+    """Its devices call themselves cuda, with capabilities that would pass."""
+    from dit_accel.kernels.block_sparse import triton as tier
+
+    monkeypatch.setattr(tier, "interpreted", lambda: False)
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 4))
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(1, 1, 64, 64))
+    assert "ROCm" in tier.refuses(query, None)
+    monkeypatch.setattr("torch.version.hip", None)
+    assert tier.refuses(query, None) is None
