@@ -72,6 +72,8 @@ class Settings:
     repeats: int = 1
     seed: int = 0
     steps: int | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
     model: str | None = None
     device: str = "auto"
     plans: Path = field(default_factory=lambda: Path("paro-plans"))
@@ -283,7 +285,7 @@ def _shots(info: ModelInfo, settings: Settings) -> list[Shot]:
 
 
 def _same(settings: Settings) -> dict[str, Any]:
-    return {"model": settings.model, "steps": settings.steps, "seed": settings.seed}
+    return {name: getattr(settings, name) for name in ("model", "steps", "seed", "size", "frames")}
 
 
 def _calibrated(settings: Settings, say: Callable[[str], None]) -> Callable[[float], Path]:
