@@ -18,6 +18,7 @@ from .lowering import lower
 from .methods.base import Call, Method
 from .methods.testing import AllBlocks
 from .plans import Plan
+from .precision import adapted
 from .quant import AUTO, Quant, resolve_quant
 from .state import State
 from .step import Step
@@ -59,6 +60,8 @@ def attend(
     """
     _check(q, k, layout, kv_layout, kv_valid)
     asked, quant = quant, resolve_quant(quant, q.device)
+    if quant is not None:
+        quant = adapted(quant, layer, step or Step(), slice(head_offset, head_offset + q.shape[1]))
     if method is None and plan is None:
         if quant is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,9 +39,13 @@ class Quant(Recipe):
     ``p_scale``: unit of 8-bit weights, ``"static"``, or the largest of each ``"tile"`` or each ``"row"`` of a tile;
     None means ``"row"`` for int8, whose steps are even, and ``"static"`` for fp8. ``accumulate``: ``"fp16"`` sums up to
     64 products of weights and values in FP16 before FP32 takes over; for consumer GPUs, where that is faster.
+    ``plan_file``: a precision file (:mod:`dit_accel.precision`) that gives heads 8 bits and layers 16, with
+    ``qk="int4"``. ``head_bits`` is what it comes to for one call.
 
     Raises ``UsageError`` for a value that cannot be.
     """
+
+    plan_file: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -65,6 +69,14 @@ class Quant(Recipe):
                 groups(0, self.granularity, role, block=block, warp=warp)
             except ValueError as error:
                 raise UsageError(f"Quant: {error}") from None
+        if self.head_bits is not None:
+            if self.qk is None or not set(self.head_bits) <= {4, 8}:
+                raise UsageError(
+                    f"Quant: head_bits is 4 or 8 for each head of quantised q and k; got {self.head_bits!r}"
+                )
+            object.__setattr__(self, "head_bits", tuple(self.head_bits))
+        if self.plan_file is not None and self.qk != "int4":
+            raise UsageError(f"Quant: plan_file assigns bits to heads of qk='int4'; got qk={self.qk!r}")
         if self.smooth_q is None:
             object.__setattr__(self, "smooth_q", self.qk == "int4")
         if self.p_scale is None and eight:
@@ -89,6 +101,10 @@ class Quant(Recipe):
     def sage2pp(cls) -> Quant:
         """SageAttention2++ (2505.21136): SageAttention2 with FP16 sums of FP8 products."""
         return cls(qk="int8", pv="fp8", granularity="thread", accumulate="fp16")
+
+    def with_bits(self, bits: tuple[int, ...]) -> Quant:
+        """This recipe with 4 or 8 bits for each query head."""
+        return replace(self, plan_file=None, head_bits=tuple(bits))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

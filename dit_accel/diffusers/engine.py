@@ -17,6 +17,7 @@ from ..functional import WHOLE, attend, make_plan, tier_of, tiled
 from ..guard import Flags
 from ..layout import Layout
 from ..methods import Call
+from ..precision import adapted
 from ..processors import Processor
 from ..quant import resolve_quant
 from ..state import State
@@ -267,6 +268,10 @@ class Engine:
         if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
             backend = "gather"  # the one fast tier with a backward
         quant = resolve_quant(self.processor.quant, q.device)
+        if quant is not None:
+            quant = adapted(quant, layer, forward.step, slice(0, q.shape[1]))
+            if quant is None and self.processor.method is None:
+                return self._dense(layer, call, "schedule")
         tier, why = tier_of(tiled(plan, q, backend=backend, quant=quant), q, backend=backend, quant=quant)
         out = attend(
             q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=tier, quant=quant

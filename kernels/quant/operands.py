@@ -63,7 +63,7 @@ def prepare(
         q_scale = torch.full(q.shape[:3], scale * log2e, dtype=torch.float32, device=q.device)
         k_scale = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
     else:
-        bits = BITS[recipe.qk]
+        four_q, four_k = _four(recipe, q.shape[1], q.device), _four(recipe, k.shape[1], k.device)
         q, k = q.float(), k.float()
         if recipe.smooth_k:
             k_mean = smooth.mean(k, live_k)
@@ -72,10 +72,8 @@ def prepare(
             q_mean, k_smooth = smooth.block_mean(q, recipe.block_q, live_q), k
             rows = torch.arange(q.shape[2], device=q.device) // recipe.block_q
             q = _blank(q - q_mean[:, :, rows], live_q)
-        common = {"bits": bits, "granularity": recipe.granularity}
-        tiles_q, tiles_k = {"block": recipe.block_q, "warp": recipe.warp_q}, {"block": recipe.block_k}
-        q, q_scale = _by_token(*quantize(q, **common, role="q", **tiles_q), "q", recipe.granularity, tiles_q)
-        k, k_scale = _by_token(*quantize(k, **common, role="k", **tiles_k), "k", recipe.granularity, tiles_k)
+        q, q_scale = _by_token(q, recipe, four_q, role="q", block=recipe.block_q, warp=recipe.warp_q)
+        k, k_scale = _by_token(k, recipe, four_k, role="k", block=recipe.block_k)
         q_scale = q_scale * (scale * log2e)
     if recipe.pv is not None:
         v = v.float()
@@ -100,10 +98,25 @@ def smoothed(plan: TilePlan, x: Operands, q: Tensor) -> TilePlan:
     return replace(plan, reps=tuple(reps))
 
 
-def _by_token(codes: Tensor, scales: Tensor, role: str, granularity: str, tiles: dict) -> tuple[Tensor, Tensor]:
-    """Codes, and the scale of each token."""
-    index, _ = groups(codes.shape[2], granularity, role, **tiles, device=codes.device)
+def _by_token(x: Tensor, recipe: Recipe, four: Tensor | None, **group) -> tuple[Tensor, Tensor]:
+    """Codes of x, and the scale of each token. ``four``: bool (H,), heads of 4 bits, the others have 8."""
+    index, _ = groups(x.shape[2], recipe.granularity, **group, device=x.device)
+    if four is None:
+        codes, scales = quantize(x, bits=BITS[recipe.qk], granularity=recipe.granularity, **group)
+    else:
+        both = [quantize(x, bits=bits, granularity=recipe.granularity, **group) for bits in (4, 8)]
+        codes, scales = (
+            torch.where(four.view(1, -1, *(1,) * (few.ndim - 2)), few, many) for few, many in zip(*both, strict=True)
+        )
     return codes, scales[..., index]
+
+
+def _four(recipe: Recipe, heads: int, device: torch.device) -> Tensor | None:
+    """bool (heads,): which of them have 4 bits; a key head only where all query heads that share it do."""
+    if recipe.head_bits is None:
+        return None
+    four = torch.tensor(recipe.head_bits, device=device) == 4
+    return four.view(heads, -1).all(-1)
 
 
 def _blank(x: Tensor, live: Tensor | None) -> Tensor:
