@@ -22,7 +22,7 @@ def alone(jobs):
     return [_one(1, **job) for job in jobs]
 
 
-def _one(ranks, family, processor, steps=2, poison=None, anything=False, padded=False):
+def _one(ranks, family, processor, steps=2, poison=None, anything=False, padded=False, compiled=False):
     from diffusers import ContextParallelConfig
 
     from tiny_models import tiny_transformer
@@ -34,6 +34,9 @@ def _one(ranks, family, processor, steps=2, poison=None, anything=False, padded=
     (engine,) = engines(model)
     if ranks > 1:
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=anything))
+    if compiled:
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="eager")
     if poison is not None:
         _poison(engine, *poison)
     with torch.no_grad():
@@ -145,6 +148,12 @@ def test_without_context_parallelism_there_is_nothing_to_share():
     tensor_parallel = SimpleNamespace(context_parallel_config=None)
     assert Ulysses.of(ops.Primitive("BSHD", None, q, q, q)) is None
     assert Ulysses.of(ops.Primitive("BSHD", None, q, q, q, extra={"parallel_config": tensor_parallel})) is None
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    """The configuration cannot cross the operator; the engine finds it on its layer. diffusers' own hooks break the graph."""
+    compare([{"family": "wan", "processor": RANDOM, "compiled": True}], ranks=2)
 
 
 def test_a_fault_on_one_rank_is_repaired_on_all():
