@@ -135,7 +135,7 @@ def parse_quant(value: Quant | str | None) -> Quant | str | None:
         return PRESETS[value]()
     names = [AUTO, *PRESETS]
     close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise UsageError(f"quant {value!r} is unknown{hint} Give a dit_accel.Quant or one of {', '.join(names)}")
 
 

@@ -114,7 +114,7 @@ def test_errors_name_what_is_wrong():
         attend(q, k, v, AllBlocks(), layout=LAYOUT, backend="flex")
     with pytest.raises(UsageError, match="one length per sample"):
         attend(q, k, v, AllBlocks(), layout=LAYOUT, kv_valid=torch.tensor([3]))
-    with pytest.raises(UnsupportedError, match="quant"):
+    with pytest.raises(UsageError, match=r"quant 'int8' is unknown\. Give a dit_accel\.Quant"):
         attend(q, k, v, AllBlocks(), layout=LAYOUT, quant="int8")
     with pytest.raises(UsageError, match=r"\(B, H, N, D\)"):
         attend(q[0], k, v, AllBlocks(), layout=LAYOUT)

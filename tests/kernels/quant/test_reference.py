@@ -328,6 +328,6 @@ def test_a_long_sequence():
 
 def test_what_cannot_run_says_why(monkeypatch):
     q = torch.zeros(1, 1, 64, 64)
-    assert choose(q, dense(64, 64), Quant.sage2()) == ("quant-reference", "q is on cpu")
+    assert choose(q, dense(64, 64), Quant.sage2()) == ("quant-reference", "quant-triton: q is on cpu")
     with pytest.raises(NotImplementedError, match="'flex' cannot quantise; choose auto"):
         choose(q, dense(64, 64), Quant.sage2(), backend="flex")
