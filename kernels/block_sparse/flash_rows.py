@@ -101,15 +101,23 @@ def _source(k: Tensor, v: Tensor, plan: TilePlan, width: int) -> Tensor:
     return strips[0] if len(strips) == 1 else torch.cat(strips, 2)
 
 
+def _merged(plan: TilePlan) -> BlockList:
+    """Full and partial tiles as one list: holes are told by slot, and two lists would be padded one by one."""
+    if plan.partial is None:
+        return plan.full
+    if "merged" not in plan._memo:
+        tiles = plan.tiles_k
+        plan._memo["merged"] = BlockList.from_mask(plan.full.mask(tiles) | plan.partial.mask(tiles))
+    return plan._memo["merged"]
+
+
 class _Strips:
     """What every row sees, as positions in the source and a bias."""
 
     def __init__(self, plan: TilePlan, b: int, h: int, source_heads: int, alive: Tensor | None) -> None:
         self.plan = plan
         shape = (b, h, plan.tiles_q)
-        lists = [(plan.full, plan.tile_k, 0, None)]
-        if plan.partial is not None:
-            lists.append((plan.partial, plan.tile_k, 0, None))
+        lists = [(_merged(plan), plan.tile_k, 0, None)]
         at = plan.n_k
         for group in plan.reps:
             lists.append((group.seen, group.width, at, group.bias().expand(b, h, -1).flatten(0, 1)))
