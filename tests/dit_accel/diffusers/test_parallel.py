@@ -152,7 +152,10 @@ def test_without_context_parallelism_there_is_nothing_to_share():
 
 @pytest.mark.slow
 def test_compiled_blocks():
-    """The configuration cannot cross the operator; the engine finds it on its layer. diffusers' own hooks break the graph."""
+    """The configuration cannot cross the operator; the engine finds it on its layer.
+
+    Without ``fullgraph``, which diffusers' own splitting hooks do not stand.
+    """
     compare([{"family": "wan", "processor": RANDOM, "compiled": True}], ranks=2)
 
 
