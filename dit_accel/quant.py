@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import UnsupportedError, UsageError
 from .kernels.quant import groups
 from .kernels.quant import quantize as _quantize
+from .kernels.quant.capability import of as capability_of
 from .kernels.quant.capability import preset_for
 from .kernels.quant.recipe import Recipe
 
@@ -154,7 +155,7 @@ def resolve_quant(value: Quant | str | None, device: torch.device) -> Quant | No
     value = parse_quant(value)
     if value != AUTO:
         return value
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = capability_of(device)
     name = preset_for(capability)
     if name is None:
         raise UnsupportedError(

@@ -105,7 +105,7 @@ def unusable(name: str, device: torch.device) -> str | None:
         return None
     if importlib.util.find_spec(backend.module) is None:
         return "not installed"
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return f"it needs a CUDA device; this is {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < backend.since:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..block_sparse.api import check, check_lse, in_plan_order, in_token_order
@@ -67,7 +66,7 @@ def choose(q: Tensor, plan: TilePlan, recipe: Recipe, *, backend: str = "auto") 
         raise NotImplementedError(f"backend {backend!r} cannot quantise; choose auto, triton or reference, or no quant")
     if TIERS[backend] == "quant-reference":
         return "quant-reference", "asked for"
-    gpu = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    gpu = capability.of(q.device)
     why = capability.refusal(recipe, gpu)
     if why is not None:
         raise NotImplementedError(f"{recipe} cannot run on {q.device}: {why}; or emulate it with backend='reference'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .recipe import Recipe
 
 # Compute capability from which a format has matrix instructions that Triton compiles to. From compiling each for every
@@ -14,8 +16,13 @@ AUTO = {(8, 0): "sage1", (8, 6): "sage1", (8, 7): "sage1", (8, 9): "sage2pp", (9
 AUTO_NEWER = "sage2"
 
 
+def of(device: torch.device) -> tuple[int, int] | None:
+    """The CUDA compute capability of ``device``, or None where there is none: quantised attention is emulated there."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
 def refusal(recipe: Recipe, capability: tuple[int, int] | None) -> str | None:
-    """Why a GPU cannot serve ``recipe``, or None. ``capability`` None is a CPU, which emulates everything."""
+    """Why a GPU cannot serve ``recipe``, or None. ``capability`` None is no CUDA GPU: all is emulated."""
     if capability is None:
         return None
     name = f"compute capability {capability[0]}.{capability[1]}"
@@ -27,7 +34,7 @@ def refusal(recipe: Recipe, capability: tuple[int, int] | None) -> str | None:
 
 
 def preset_for(capability: tuple[int, int] | None) -> str | None:
-    """The preset that ``"auto"`` takes on a GPU, or None where no format pays. A CPU emulates ``"sage2"``."""
+    """The preset that ``"auto"`` takes on a GPU, or None where no format pays. All else emulates ``"sage2"``."""
     if capability is None:
         return AUTO_NEWER
     if capability < INT8_FROM:
