@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..diffusers.families import known_families
-from ..errors import UnsupportedError, UsageError
+from ..errors import DitAccelError, UnsupportedError, UsageError
 from ..functional import plan
 from ..kernels.block_sparse import flex
 from ..layout import Layout
@@ -63,7 +63,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
     """
     if accel.density is not None and not 0 < accel.density <= 1:
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
-    name, why = (accel.method, None) if accel.method else _default(info, frames)
+    name, why = (accel.method, None) if accel.method else _default(accel, info, layout, frames)
     _check_steps(accel, steps)
     dense = name.lower() == DENSE
     notes = []
@@ -93,10 +93,18 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
     return Choice(processor, density, tuple(notes))
 
 
-def _default(info: ModelInfo, frames: int) -> tuple[str, str | None]:
-    """The default method, and why it is dense where it is."""
+def _default(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames: int) -> tuple[str, str | None]:
+    """The default method, and why it is dense where it is: the model's own plan where that fits, else Radial."""
     if info.family is None:
         return DENSE, f"no family row knows {info.transformer_class}, so nothing can be accelerated"
+    own = info.defaults.get("method")
+    if own and layout is not None and accel.density is None and not accel.parameters:
+        try:
+            _method(own, accel, info.defaults).check(layout)
+        except DitAccelError:
+            pass  # made for another size or length
+        else:
+            return own, None
     if frames > 1:
         return "radial", None
     kind = "a single frame" if info.is_video else "an image model"

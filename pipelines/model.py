@@ -15,6 +15,8 @@ from ..diffusers.families import Family, known_families
 from ..errors import UnsupportedError, UsageError
 
 BUNDLED = "bundled"
+# A plan of `dit-accel calibrate paro` under this name in the folder of a model is its default method.
+PLAN = "paro.safetensors"
 
 # Frames per second of each family's published examples, by the start of the pipeline's class name.
 _FPS = {"Wan": 16, "SkyReels": 24, "Hunyuan": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30, "Cosmos": 24, "Allegro": 15}
@@ -76,7 +78,7 @@ class ModelInfo:
         for path in sorted(self.folder.rglob("*")):
             if path.suffix == ".json":
                 digest.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
-            elif path.suffix in (".safetensors", ".bin"):
+            elif path.suffix in (".safetensors", ".bin") and path.name != PLAN:
                 size = path.stat().st_size
                 with path.open("rb") as file:
                     head = file.read(1 << 16)
@@ -94,10 +96,11 @@ def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
     defaults: dict[str, Any] = {}
     if model is None or model == BUNDLED:
         model, (folder, defaults) = BUNDLED, _bundled()
-        source, revision = str(folder), None
+        source, revision, defaults = str(folder), None, _planned(folder, defaults)
     elif Path(model).is_dir():
         folder, source, revision = Path(model), str(model), None
-        defaults = _json(folder / "mini.json")  # a mini model trained elsewhere brings its own
+        # A mini model trained elsewhere brings its own.
+        defaults = _planned(folder, _json(folder / "mini.json"))
     else:
         folder = _hub_configs(model)
         source = model
@@ -113,6 +116,15 @@ def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
     transformer = _json(folder / "transformer" / "config.json") or _json(folder / "transformer_2" / "config.json")
     info = ModelInfo(model, folder, source, cls, _json(folder / "vae" / "config.json"), transformer, revision, defaults)
     return _for_image(info, index) if image else _without_image(info)
+
+
+def _planned(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """``defaults``, with the calibrated plan that lies in the folder of the model, if there is one."""
+    plan = folder / PLAN
+    if not plan.is_file():
+        return defaults
+    methods = {**defaults.get("methods", {}), "paro": {"plan_file": str(plan)}}
+    return {**defaults, "method": "paro", "methods": methods}
 
 
 def _bundled() -> tuple[Path, dict[str, Any]]:

@@ -8,7 +8,10 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("attention").add_argument
-    add("--method", metavar="NAME", help="a method of `dit-accel methods`, or dense (default: radial for video)")
+    add(
+        "--method", metavar="NAME",
+        help="a method of `dit-accel methods`, or dense (default: the model's own plan, else radial for video)",
+    )  # fmt: skip
     add("--density", type=float, metavar="D", help="kept fraction of attention in (0, 1]; solves the method's knobs")
     add("--dense-steps", metavar="N|F", help="leading steps left dense, a count or a fraction (default: 0.25)")
     add("--dense-layers", metavar="N|I,J", help="leading layers left dense, or a list of layer indices (default: 0)")

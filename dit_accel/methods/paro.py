@@ -17,6 +17,7 @@ from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList
 from ..layout import Layout
 from ..plans import Blocks, Plan
+from ..schedule import Schedule
 from .base import Call, Method, ModelFacts
 from .orders import token_order
 from .paro_file import Header, PlanFile
@@ -48,6 +49,10 @@ class Paro(Method):
             raise UsageError(f"Paro needs the plan of a calibration: Paro('plan.safetensors'); {_CALIBRATE}")
         object.__setattr__(self, "plan_file", str(self.plan_file))
         object.__setattr__(self, "digest", self._open().digest[:16])
+
+    def default_schedule(self) -> Schedule:
+        """No dense step: the maps of the first steps were calibrated like all others (as published)."""
+        return Schedule.none()
 
     def check_model(self, model: ModelFacts) -> None:
         header = self._open().header

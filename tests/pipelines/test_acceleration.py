@@ -2,11 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from paro_plans import plan_file
 
 from dit_accel.diffusers import known_families
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.layout import Layout
-from dit_accel.methods import Radial, RandomBlocks
+from dit_accel.methods import Paro, Radial, RandomBlocks
 from dit_accel.pipelines.acceleration import Acceleration, check_backend, choose
 from dit_accel.quant import Quant
 from dit_accel.schedule import Schedule
@@ -116,6 +117,18 @@ def test_a_models_own_tuning_gives_way_to_the_users():
     own = {"methods": {"radial": {"block_size": 64}}}
     assert decide(defaults=own).processor.method == Radial(block_size=64)
     assert decide(defaults=own, parameters={"block_size": 32}).processor.method == Radial(block_size=32)
+
+
+def test_a_models_own_plan_is_its_default_where_it_fits(tmp_path):
+    grid = (3, 4, 5)
+    path, _ = plan_file(tmp_path / "paro.safetensors", Layout(grid=grid))
+    own = {"method": "paro", "methods": {"paro": {"plan_file": str(path)}}}
+    choice = decide(layout=Layout(grid=grid), defaults=own)
+    assert choice.processor.method == Paro(str(path))
+    assert choice.processor.dense_steps(50) == []
+    assert decide(layout=Layout(grid=(4, 4, 5)), defaults=own).name == "radial"
+    assert decide(layout=Layout(grid=grid), defaults=own, density=0.3).name == "radial"
+    assert decide(layout=Layout(grid=grid), defaults=own, method="gna").name == "gna"
 
 
 def test_dense_steps_and_layers():
