@@ -195,11 +195,16 @@ def _speed(
         generate(pipe, shot, warm, steps=1)
     for _ in range(repeats):
         for number, (name, processor) in enumerate(sides):
-            for which, how in [(DENSE, Processor(None)), (name, processor)] if number % 3 == 0 else [(name, processor)]:
-                result = generate(pipe, shot, how)
-                dense = result if which == DENSE else dense
-                timing = {"candidate": which, "seconds": result.seconds, "cores": result.cores}
-                yield timing | {"tiers": result.attention.get("tiers")}, result, dense
+            if number % 3 == 0:
+                dense = generate(pipe, shot, Processor(None))
+                yield _timing(DENSE, dense), dense, dense
+            result = generate(pipe, shot, processor)
+            yield _timing(name, result), result, dense
+
+
+def _timing(name: str, result: Result) -> dict[str, Any]:
+    tiers = result.attention.get("tiers")
+    return {"candidate": name, "seconds": result.seconds, "cores": result.cores, "tiers": tiers}
 
 
 def table(document: dict[str, Any]) -> list[dict[str, Any]]:
