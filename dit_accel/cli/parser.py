@@ -7,11 +7,12 @@ import difflib
 import sys
 
 from .. import __version__
-from . import calibrate, doctor, mask, methods, models, plan, render, report
+from . import calibrate, doctor, mask, methods, models, plan, render, report, stream
 from . import eval as eval_command
 
 COMMANDS = {
     "render": render,
+    "stream": stream,
     "plan": plan,
     "report": report,
     "eval": eval_command,
@@ -26,6 +27,7 @@ _EXAMPLES = """examples:
   dit-accel render prompts.txt
   dit-accel render prompts.txt --compare --density 0.25
   dit-accel render prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81 -o out
+  dit-accel stream prompts.txt --seconds 30 --policy deep_sink
   dit-accel plan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81
   dit-accel mask --method radial --model-family wan -o mask.png
   dit-accel calibrate paro -o plan.safetensors

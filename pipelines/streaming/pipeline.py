@@ -65,11 +65,10 @@ class Stream(Iterator[np.ndarray]):
     def __next__(self) -> np.ndarray:
         if self._limit is not None and self.stats.frames >= self._limit:
             raise StopIteration
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), self._owner.host.forwards
         while self._changes and self._changes[0][0] <= self.stats.frames:
             self.switch(self._changes.pop(0)[1])
         with self._owner.host.attached():
-            before = self._owner.host.forwards
             if self._prefix is not None:
                 self.rollout.absorb(self._prefix)
                 latents, self._prefix = self._prefix, None
