@@ -59,7 +59,7 @@ def tile_for(plan: TilePlan, q: Tensor) -> tuple[int, int]:
     """
     if not plan.plain:
         return plan.tile_q, plan.tile_k
-    entry = _tuning(plan, q, q.shape[-1], tile_q=128, tile_k=128)
+    entry = tuning_for(plan, q, q.shape[-1], tile_q=128, tile_k=128)
     return (
         plan.tile_q if plan.tile_q >= min(32, plan.n_q) else entry.block_q,
         plan.tile_k if plan.tile_k >= min(32, plan.n_k) else entry.tested,
@@ -96,7 +96,7 @@ def attention(
     out = _empty_like(q, v.shape[-1], torch.float32 if interpreted() else q.dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     if out.numel():
-        entry = _tuning(plan, q, dim, plan.tile_q, plan.tile_k)
+        entry = tuning_for(plan, q, dim, plan.tile_q, plan.tile_k)
         blocks = plan.tiles_q * -(-plan.tile_q // entry.block_q)
         with torch.cuda.device_of(q):
             forward[(blocks * q.shape[0] * q.shape[1],)](
@@ -118,9 +118,10 @@ def arguments(
     return (
         q, k, v, out, lse,
         *(tuple(stride // unit for stride in x.stride()[:3]) for x in (q, k, v, out)),
-        _list(plan.full), _list(plan.partial), _order(plan.order), _order(plan.kv_order),
-        *_predicate(predicate), _gate(plan.gate if plan.partial is not None else None),
-        tuple(_group(group, q.shape[1]) for group in plan.reps) or None, _matrix(plan.first_order, q.shape[1]),
+        list_arguments(plan.full), list_arguments(plan.partial), _order(plan.order), _order(plan.kv_order),
+        *predicate_arguments(predicate), gate_arguments(plan.gate if plan.partial is not None else None),
+        tuple(group_arguments(group, q.shape[1]) for group in plan.reps) or None,
+        matrix_arguments(plan.first_order, q.shape[1]),
         None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
         plan.n_q, plan.n_k, plan.queries, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
@@ -132,7 +133,7 @@ def constants(
 ) -> dict:  # fmt: skip
     """The kernel's compile-time arguments. ``bounded``: dead keys are possible."""
     dim, dim_v = q.shape[-1], v.shape[-1]
-    step = entry.gathered if _gathers(plan) else entry.tested
+    step = entry.gathered if gathers(plan) else entry.tested
     blocks = [entry.full] if plan.partial is None else [entry.full, step]
     cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
     return {
@@ -157,12 +158,12 @@ def _unit(*tensors: Tensor) -> int:
     return math.gcd(8, *(stride for x in tensors for stride in x.stride()[:3]))
 
 
-def _tuning(plan: TilePlan, q: Tensor, dim: int, tile_q: int, tile_k: int) -> Tuning:
+def tuning_for(plan: TilePlan, q: Tensor, dim: int, tile_q: int, tile_k: int) -> Tuning:
     capability = None if interpreted() else torch.cuda.get_device_capability(q.device)
     return tuning(capability, dim, q.element_size(), tile_q, tile_k)
 
 
-def _gathers(plan: TilePlan) -> bool:
+def gathers(plan: TilePlan) -> bool:
     return plan.gate is not None or (plan.predicate is not None and plan.predicate.band is not None)
 
 
@@ -174,20 +175,20 @@ def _empty_like(q: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty((b, h, n, dim), dtype=dtype)
 
 
-def _list(entry: BlockList | None) -> tuple | None:
+def list_arguments(entry: BlockList | None) -> tuple | None:
     if entry is None:
         return None
     index = entry.index if entry.index.stride(-1) == 1 else entry.index.contiguous()
     return entry.count, index, _strides(entry.count), _strides(index)
 
 
-def _group(group: Group, heads: int) -> tuple:
+def group_arguments(group: Group, heads: int) -> tuple:
     key, value, bias = group.key.contiguous(), group.value.contiguous(), group.bias().contiguous()
     strides = (_strides(x)[:2] for x in (key, value, bias))
-    return *_list(group.seen), key, value, bias, heads // key.shape[1], *strides
+    return *list_arguments(group.seen), key, value, bias, heads // key.shape[1], *strides
 
 
-def _matrix(first_order: Tensor | None, heads: int) -> tuple | None:
+def matrix_arguments(first_order: Tensor | None, heads: int) -> tuple | None:
     if first_order is None:
         return None
     first_order = first_order.contiguous()
@@ -206,7 +207,7 @@ def _order(order: Tensor | None) -> tuple | None:
     return order, order.stride(0) * (order.ndim == 2)
 
 
-def _predicate(p: Predicate) -> tuple:
+def predicate_arguments(p: Predicate) -> tuple:
     box = disc = band = None
     if p.box is not None:
         box = _flat(p.box.lo), _flat(p.box.hi), _flat(p.box.coord)
@@ -218,7 +219,7 @@ def _predicate(p: Predicate) -> tuple:
     return box, disc, band, None if p.always is None else p.always.contiguous().view(torch.uint8)
 
 
-def _gate(gate: Gate | None) -> tuple | None:
+def gate_arguments(gate: Gate | None) -> tuple | None:
     if gate is None:
         return None
     table = gate.table if gate.table.stride(-1) == 1 else gate.table.contiguous()

@@ -61,10 +61,10 @@ def forward(
     q += (b * q_strides[0] + h * q_strides[1]) * UNIT
     k += (b * k_strides[0] + (h // groups) * k_strides[1]) * UNIT
     v += (b * v_strides[0] + (h // groups) * v_strides[1]) * UNIT
-    query = _rows(q, token, q_strides[2] * UNIT, live, WIDTHS[0], 0, D, True, EMULATED)
+    query = load_rows(q, token, q_strides[2] * UNIT, live, WIDTHS[0], 0, D, True, EMULATED)
     query_tail = query
     if WIDTHS[1]:
-        query_tail = _rows(q, token, q_strides[2] * UNIT, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+        query_tail = load_rows(q, token, q_strides[2] * UNIT, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
 
     acc = tl.zeros((BLOCK_Q, WIDTHS[2]), tl.float32)
     acc_tail = acc
@@ -112,7 +112,7 @@ def forward(
             index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
             head = h // part[7]
             for i in range(tl.cdiv(count, REP_BLOCK)):
-                acc, acc_tail, top, total, mass = _represented(
+                acc, acc_tail, top, total, mass = visit_representatives(
                     acc, acc_tail, top, total, mass, query, query_tail, index,
                     part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
                     part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
@@ -130,9 +130,9 @@ def forward(
                 mask=live[:, None] & (column < D)[None, :], other=0.0,
             )  # fmt: skip
             slice_q = slice_q.to(tl.float32) * share
-            acc = tl.dot(slice_q, _block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+            acc = tl.dot(slice_q, load_block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
             if WIDTHS[3]:
-                block = _block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
+                block = load_block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
                 acc_tail = tl.dot(slice_q, block, acc_tail, input_precision="tf32x3")
 
     empty = total == 0
@@ -143,13 +143,13 @@ def forward(
     if row_factors is not None:
         row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
         factor = tl.load(row_factors[0] + row)
-        acc = acc * factor + _columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
+        acc = acc * factor + load_columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
         if WIDTHS[3]:
-            acc_tail = acc_tail * factor + _columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
+            acc_tail = acc_tail * factor + load_columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
     out += (b * out_strides[0] + h * out_strides[1]) * UNIT
-    _store(out, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
+    store_rows(out, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
     if WIDTHS[3]:
-        _store(out, token, out_strides[2] * UNIT, live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
+        store_rows(out, token, out_strides[2] * UNIT, live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
     if lse is not None:
         log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse + (b * heads + h) * queries + token, log, mask=live)
@@ -181,13 +181,13 @@ def _visit(
         k += start.to(tl.int64) * k_stride
         v += start.to(tl.int64) * v_stride
 
-    keys = _rows(k, token, k_stride, live, WIDTHS[0], 0, D, BOUNDED, EMULATED)
+    keys = load_rows(k, token, k_stride, live, WIDTHS[0], 0, D, BOUNDED, EMULATED)
     score = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if WIDTHS[1]:
-        keys_tail = _rows(k, token, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, EMULATED)
+        keys_tail = load_rows(k, token, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, EMULATED)
         score = tl.dot(query_tail, tl.trans(keys_tail), score, input_precision="ieee")
     if PARTIAL:
-        seen = _seen(box, disc, band, always, gate, b, h, q_slot, slot, q_live, slot < n_k, TESTED)
+        seen = pairs_visible(box, disc, band, always, gate, b, h, q_slot, slot, q_live, slot < n_k, TESTED)
         if BOUNDED:
             seen = seen & live[None, :]
         score = tl.where(seen, score, float("-inf"))
@@ -199,11 +199,11 @@ def _visit(
     weight = tl.exp2(score * scale - top_new[:, None])
     fade = tl.exp2(top - top_new)
     total = total * fade + tl.sum(weight, 1)
-    values = _rows(v, token, v_stride, live, WIDTHS[2], 0, DV, BOUNDED, EMULATED)
+    values = load_rows(v, token, v_stride, live, WIDTHS[2], 0, DV, BOUNDED, EMULATED)
     weight = weight.to(values.dtype)
     acc = tl.dot(weight, values, acc * fade[:, None], input_precision="ieee")
     if WIDTHS[3]:
-        values_tail = _rows(v, token, v_stride, live, WIDTHS[3], WIDTHS[2], DV, BOUNDED, EMULATED)
+        values_tail = load_rows(v, token, v_stride, live, WIDTHS[3], WIDTHS[2], DV, BOUNDED, EMULATED)
         acc_tail = tl.dot(weight, values_tail, acc_tail * fade[:, None], input_precision="ieee")
     else:
         acc_tail = acc
@@ -211,7 +211,7 @@ def _visit(
 
 
 @triton.jit
-def _represented(
+def visit_representatives(
     acc, acc_tail, top, total, mass, query, query_tail, index, k, v, bias, first, count, scale,
     PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
     WEIGHED: tl.constexpr, EMULATED: tl.constexpr,
@@ -221,10 +221,10 @@ def _represented(
     live = lane < count
     row = tl.load(index + lane // PER_BLOCK, mask=live, other=0).to(tl.int64) * PER_BLOCK + lane % PER_BLOCK
     log = tl.load(bias + row, mask=live, other=float("-inf"))
-    keys = _rows(k, row, D, live, WIDTHS[0], 0, D, True, EMULATED)
+    keys = load_rows(k, row, D, live, WIDTHS[0], 0, D, True, EMULATED)
     score = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if WIDTHS[1]:
-        keys_tail = _rows(k, row, D, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+        keys_tail = load_rows(k, row, D, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
         score = tl.dot(query_tail, tl.trans(keys_tail), score, input_precision="ieee")
     score = score * scale + (log * 1.4426950408889634)[None, :]
     top_new = tl.maximum(top, tl.max(score, 1))
@@ -234,11 +234,11 @@ def _represented(
     total = total * fade + gained
     if WEIGHED:
         mass = mass * fade + gained
-    values = _rows(v, row, DV, live, WIDTHS[2], 0, DV, True, EMULATED)
+    values = load_rows(v, row, DV, live, WIDTHS[2], 0, DV, True, EMULATED)
     weight = weight.to(values.dtype)
     acc = tl.dot(weight, values, acc * fade[:, None], input_precision="ieee")
     if WIDTHS[3]:
-        values_tail = _rows(v, row, DV, live, WIDTHS[3], WIDTHS[2], DV, True, EMULATED)
+        values_tail = load_rows(v, row, DV, live, WIDTHS[3], WIDTHS[2], DV, True, EMULATED)
         acc_tail = tl.dot(weight, values_tail, acc_tail * fade[:, None], input_precision="ieee")
     else:
         acc_tail = acc
@@ -246,7 +246,7 @@ def _represented(
 
 
 @triton.jit
-def _block(
+def load_block(
     matrix, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr
 ):
     """Rows first .. first + ROWS and columns FROM .. FROM + COLUMNS of a float32 (D, DV) matrix."""
@@ -256,13 +256,13 @@ def _block(
 
 
 @triton.jit
-def _columns(base, WIDTH: tl.constexpr, FROM: tl.constexpr, DV: tl.constexpr):
+def load_columns(base, WIDTH: tl.constexpr, FROM: tl.constexpr, DV: tl.constexpr):
     column = FROM + tl.arange(0, WIDTH)
     return tl.load(base + column, mask=column < DV, other=0.0)
 
 
 @triton.jit
-def _seen(box, disc, band, always, gate, b, h, q, k, q_live, k_live, TESTED: tl.constexpr):
+def pairs_visible(box, disc, band, always, gate, b, h, q, k, q_live, k_live, TESTED: tl.constexpr):
     """Which pairs of a partial tile are visible: ``TilePlan.pair_visible`` for slots q x k."""
     seen = q_live[:, None]
     if box is not None:
@@ -299,7 +299,7 @@ def _seen(box, disc, band, always, gate, b, h, q, k, q_live, k_live, TESTED: tl.
 
 
 @triton.jit
-def _rows(
+def load_rows(
     base, token, stride, live, WIDTH: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr,
     BOUNDED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
@@ -320,7 +320,7 @@ def _rows(
 
 
 @triton.jit
-def _store(base, token, stride, live, x, WIDTH: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr):
+def store_rows(base, token, stride, live, x, WIDTH: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr):
     column = FROM + tl.arange(0, WIDTH)
     pointer = base + token[:, None] * stride + column[None, :]
     mask = live[:, None] & (column < D)[None, :]

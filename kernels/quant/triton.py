@@ -67,7 +67,7 @@ def values_for(v: Tensor) -> Tensor:
 
 def tuned(q: Tensor, x: Operands, plan: TilePlan, recipe: Recipe) -> Tuning:
     """The tuning entry of the 16-bit kernel, its blocks of keys long enough and, for FP16 sums, short enough."""
-    entry = plain._tuning(plan, q.half() if q.dtype == torch.float32 else q, q.shape[-1], plan.tile_q, plan.tile_k)
+    entry = plain.tuning_for(plan, q.half() if q.dtype == torch.float32 else q, q.shape[-1], plan.tile_q, plan.tile_k)
     blocks = {name: max(SHORTEST, getattr(entry, name)) for name in ("full", "tested", "gathered")}
     if recipe.narrow:
         blocks = {name: min(FP16_CHAIN, block) for name, block in blocks.items()}
@@ -88,10 +88,10 @@ def arguments(
         codes, k, v, out, lse, x.q_scale.contiguous(), x.k_scale.contiguous(), _flat(x.v_scale), _flat(x.v_mean),
         _delta(x, scale), _alive(live), raw,
         codes.stride()[:3], k.stride()[:3], v.stride(), out.stride()[:3],
-        plain._list(plan.full), plain._list(plan.partial), *plain._predicate(predicate),
-        plain._gate(plan.gate if plan.partial is not None else None),
-        tuple(plain._group(group, q.shape[1]) for group in plan.reps) or None,
-        plain._matrix(plan.first_order, q.shape[1]),
+        plain.list_arguments(plan.full), plain.list_arguments(plan.partial), *plain.predicate_arguments(predicate),
+        plain.gate_arguments(plan.gate if plan.partial is not None else None),
+        tuple(plain.group_arguments(group, q.shape[1]) for group in plan.reps) or None,
+        plain.matrix_arguments(plan.first_order, q.shape[1]),
         None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
     )  # fmt: skip
@@ -99,7 +99,7 @@ def arguments(
 
 def constants(x: Operands, v: Tensor, plan: TilePlan, recipe: Recipe, entry: Tuning, *, bounded: bool) -> dict:
     """The kernel's compile-time arguments. ``bounded``: some keys are dead."""
-    step = entry.gathered if plain._gathers(plan) else entry.tested
+    step = entry.gathered if plain.gathers(plan) else entry.tested
     blocks = [entry.full] if plan.partial is None else [entry.full, step]
     cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
     dim, dim_v = x.q.shape[-1], v.shape[-1]

@@ -7,7 +7,14 @@ are one per token whatever the groups were, so one kernel serves every granulari
 import triton
 import triton.language as tl
 
-from ..block_sparse.triton_kernel import _block, _columns, _represented, _rows, _seen, _store
+from ..block_sparse.triton_kernel import (
+    load_block,
+    load_columns,
+    load_rows,
+    pairs_visible,
+    store_rows,
+    visit_representatives,
+)
 
 
 @triton.jit
@@ -54,10 +61,10 @@ def forward(
     k += b * k_strides[0] + kv * k_strides[1]
     v += b * v_strides[0] + kv * v_strides[1]
     k_scale += (b * kv_heads + kv) * n_k
-    query = _rows(q, token, q_strides[2], live, WIDTHS[0], 0, D, True, False)
+    query = load_rows(q, token, q_strides[2], live, WIDTHS[0], 0, D, True, False)
     query_tail = query
     if WIDTHS[1]:
-        query_tail = _rows(q, token, q_strides[2], live, WIDTHS[1], WIDTHS[0], D, True, False)
+        query_tail = load_rows(q, token, q_strides[2], live, WIDTHS[1], WIDTHS[0], D, True, False)
     row_scale = tl.load(q_scale + (b * heads + h) * n_q + slot, mask=live, other=0.0)
     if delta is not None:
         delta = delta[0] + b * delta[1][0] + h * delta[1][1]
@@ -98,23 +105,23 @@ def forward(
 
     channels = (b * kv_heads + kv) * DV
     if v_scale is not None:
-        acc = acc * (_columns(v_scale + channels, WIDTHS[2], 0, DV) / LIMIT)[None, :]
+        acc = acc * (load_columns(v_scale + channels, WIDTHS[2], 0, DV) / LIMIT)[None, :]
         if WIDTHS[3]:
-            acc_tail = acc_tail * (_columns(v_scale + channels, WIDTHS[3], WIDTHS[2], DV) / LIMIT)[None, :]
+            acc_tail = acc_tail * (load_columns(v_scale + channels, WIDTHS[3], WIDTHS[2], DV) / LIMIT)[None, :]
     mass = tl.zeros((BLOCK_Q,), tl.float32)
     if reps is not None:
         base = raw[0] + b * raw[1][0] + h * raw[1][1]
-        query = _rows(base, token, raw[1][2], live, WIDTHS[0], 0, D, True, EMULATED)
+        query = load_rows(base, token, raw[1][2], live, WIDTHS[0], 0, D, True, EMULATED)
         query_tail = query
         if WIDTHS[1]:
-            query_tail = _rows(base, token, raw[1][2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
+            query_tail = load_rows(base, token, raw[1][2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
         for g in tl.static_range(len(reps)):
             part = reps[g]
             count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2]) * REPS[g]
             index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
             head = h // part[7]
             for i in range(tl.cdiv(count, REP_BLOCK)):
-                acc, acc_tail, top, total, mass = _represented(
+                acc, acc_tail, top, total, mass = visit_representatives(
                     acc, acc_tail, top, total, mass, query, query_tail, index,
                     part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
                     part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
@@ -127,9 +134,9 @@ def forward(
         acc_tail = acc_tail / total[:, None]
     if v_mean is not None:
         back = tl.where(empty, 0.0, 1.0)[:, None]
-        acc += back * _columns(v_mean + channels, WIDTHS[2], 0, DV)[None, :]
+        acc += back * load_columns(v_mean + channels, WIDTHS[2], 0, DV)[None, :]
         if WIDTHS[3]:
-            acc_tail += back * _columns(v_mean + channels, WIDTHS[3], WIDTHS[2], DV)[None, :]
+            acc_tail += back * load_columns(v_mean + channels, WIDTHS[3], WIDTHS[2], DV)[None, :]
     if first_order is not None:
         matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
         share = (mass / total * (scale * 0.6931471805599453))[:, None]
@@ -140,20 +147,20 @@ def forward(
             mask = live[:, None] & (column < D)[None, :]
             part = tl.load(base + token[:, None] * raw[1][2] + column[None, :], mask=mask, other=0.0)
             part = part.to(tl.float32) * share
-            acc = tl.dot(part, _block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+            acc = tl.dot(part, load_block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
             if WIDTHS[3]:
-                block = _block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
+                block = load_block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
                 acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
     if row_factors is not None:
         row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
         factor = tl.load(row_factors[0] + row)
-        acc = acc * factor + _columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
+        acc = acc * factor + load_columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
         if WIDTHS[3]:
-            acc_tail = acc_tail * factor + _columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
+            acc_tail = acc_tail * factor + load_columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
     out += b * out_strides[0] + h * out_strides[1]
-    _store(out, token, out_strides[2], live, acc, WIDTHS[2], 0, DV)
+    store_rows(out, token, out_strides[2], live, acc, WIDTHS[2], 0, DV)
     if WIDTHS[3]:
-        _store(out, token, out_strides[2], live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
+        store_rows(out, token, out_strides[2], live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
     if lse is not None:
         log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse + (b * heads + h) * n_q + slot, log, mask=live)
@@ -177,17 +184,17 @@ def _visit(
     k += start.to(tl.int64) * k_stride
     v += start.to(tl.int64) * v_stride
 
-    keys = _rows(k, row, k_stride, live, WIDTHS[0], 0, D, BOUNDED, False)
+    keys = load_rows(k, row, k_stride, live, WIDTHS[0], 0, D, BOUNDED, False)
     product = tl.dot(query, tl.trans(keys), out_dtype=tl.int32)
     if WIDTHS[1]:
-        keys_tail = _rows(k, row, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, False)
+        keys_tail = load_rows(k, row, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, False)
         product = tl.dot(query_tail, tl.trans(keys_tail), product, out_dtype=tl.int32)
     score = product.to(tl.float32) * row_scale[:, None] * tl.load(k_scale + slot, mask=live, other=0.0)[None, :]
     if delta is not None:
         seen = q_live[:, None] & live[None, :]
         score += tl.load(delta + (q_slot // SMOOTH).to(tl.int64)[:, None] * n_k + slot[None, :], mask=seen, other=0.0)
     if PARTIAL:
-        seen = _seen(box, disc, band, always, gate, b, h, q_slot, slot, q_live, slot < n_k, TESTED)
+        seen = pairs_visible(box, disc, band, always, gate, b, h, q_slot, slot, q_live, slot < n_k, TESTED)
         if BOUNDED:
             seen = seen & live[None, :]
         score = tl.where(seen, score, float("-inf"))

@@ -76,7 +76,7 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
     def make(arch, dim, recipe, *, tested=False, dead=False):
-        monkeypatch.setattr(tier.plain, "_tuning", lambda plan, q, d, tile_q, tile_k: tuning.tuning(
+        monkeypatch.setattr(tier.plain, "tuning_for", lambda plan, q, d, tile_q, tile_k: tuning.tuning(
             divmod(arch, 10), d, q.element_size(), tile_q, tile_k
         ))  # fmt: skip
         lists = BlockList.from_mask(torch.ones(1, 1, N // 128, N // 128, dtype=torch.bool))
