@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError, UsageError
-from ..kernels import Disc, Predicate
+from ..kernels import BlockList, Disc, Group, Predicate
+from ..kernels.pooling import block_means
 from ..layout import Layout
 from ..plans import Plan
 from .base import Call, Method, check_density
@@ -30,8 +31,9 @@ class Clear(Method):
     """CLEAR: each image token sees the text and the image tokens less than ``radius`` away. Experimental.
 
     ``radius`` in tokens, strict: a token exactly ``radius`` away is hidden, and 1 leaves a token itself. At borders
-    the disc is clipped. Text rows are dense. ``pool``: side of the cells whose pooled keys image rows see besides,
-    a variant that needs representatives and is not part of this version.
+    the disc is clipped. Text rows are dense. ``pool``: side of square cells whose mean key and value image rows see
+    besides, as keys like any other (released: 4, with radius 8 and 16). The released cells are weighted means whose
+    weights were learned; plain means are what that training started from.
 
     Default radius 16: the middle one of the released checkpoints (8, 16, 32).
     """
@@ -52,14 +54,21 @@ class Clear(Method):
             raise UsageError(f"Clear.radius is a number of tokens, 1 or more; got {self.radius!r}") from None
         if self.radius < 1:
             raise UsageError(f"Clear.radius is {self.radius}; allowed 1 and more (released: 8, 16, 32)")
-        if self.pool:
-            raise UnsupportedError(
-                f"Clear.pool is {self.pool}: pooled keys are not part of this version, and their weights are learned; "
-                "use pool=None"
-            )
+        if self.pool is not None and (not isinstance(self.pool, int) or self.pool < 2):
+            raise UsageError(f"Clear.pool is the side of a cell in tokens, 2 or more, or None; got {self.pool!r}")
         warnings.warn(self.experimental, UserWarning, stacklevel=3)
 
+    @property
+    def static(self) -> bool:
+        """Whether the plan follows from the layout alone: pooled keys are made from k and v."""
+        return self.pool is None
+
     def check(self, layout: Layout) -> None:
+        _, height, width = layout.grid
+        if self.pool and (height % self.pool or width % self.pool):
+            raise UsageError(
+                f"Clear.pool is {self.pool}, which must divide height and width; the grid is {height} x {width} tokens"
+            )
         if layout.grid[0] > 1:
             raise UnsupportedError(
                 f"Clear is for images; this layout has grid {layout.grid} with {layout.grid[0]} frames. "
@@ -71,6 +80,37 @@ class Clear(Method):
         if call.kv_layout is not None and call.kv_layout != layout:
             raise UnsupportedError(f"Clear needs keys in the queries' layout; got {layout} and {call.kv_layout}")
         self.check(layout)
+        if self.pool is None:
+            return self._discs(layout)
+        discs = call.state.plan((self, layout, call.device), lambda: self._discs(layout).to(call.device))
+        pooled, image = self._pooled(k, v, call, discs), math.prod(layout.grid)
+        kept = discs.density + image * pooled.size / layout.tokens**2, discs.density_video + pooled.size / image
+        return replace(discs, reps=(pooled,), _memo={"densities": kept})
+
+    def _pooled(self, k: Tensor, v: Tensor, call: Call, discs: Plan) -> Group:
+        """Mean keys and values of square cells, seen by the blocks of image rows."""
+        layout, live = call.layout, None
+        image = layout.main.stop - layout.main.start
+        inside = discs.q_blocks.bounds[1:] <= image
+        if image % discs.q_blocks.size:
+            raise UnsupportedError(
+                f"Clear.pool needs image tokens in whole blocks of {discs.q_blocks.size}; this layout has {image}. "
+                "Use pool=None, or a size whose tokens divide"
+            )
+        if call.kv_valid is not None:
+            live = torch.arange(layout.tokens, device=k.device) < call.kv_valid.to(k.device)[:, None]
+        (_, height, width), side = layout.grid, self.pool
+        token = layout.main.start + torch.arange(image).view(height, width)
+        cells = token.view(height // side, side, width // side, side).transpose(1, 2).flatten()
+        bounds = torch.arange(0, image + 1, side**2)
+        means = [block_means(x, bounds, live=live, order=cells.to(k.device)) for x in (k, v)]
+        (key, count), (value, _) = means
+        seen = BlockList.from_mask(inside[None, None, :, None].expand(-1, -1, -1, len(bounds) - 1)).to(k.device)
+        # Keys beside the exact ones, which stand for nobody: no weight of their number, and no pair seen through them.
+        nobody = torch.zeros_like(bounds)
+        return Group(key.to(k.dtype), value.to(v.dtype), (count > 0).int(), seen, nobody)
+
+    def _discs(self, layout: Layout) -> Plan:
         axes = [Axis.clipped(length, self.radius - 1) for length in layout.grid]
         _, shapes = choose([counter(axis) for axis in axes], layout.grid)
         tiling = Tiling.make(layout, axes, shapes)
@@ -100,7 +140,9 @@ class Clear(Method):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if made(middle)[1] < density else (low, middle)
-        return min((made(low), made(high)), key=lambda found: abs(found[1] - density))
+        method, reached = min((made(low), made(high)), key=lambda found: abs(found[1] - density))
+        image = math.prod(layout.grid)
+        return method, reached + (image * (image // self.pool**2) / layout.tokens**2 if self.pool else 0.0)
 
     def _pairs(self, layout: Layout) -> int:
         """Visible image pairs: for each row offset, pairs of rows that far apart times pairs of columns in reach."""

@@ -105,8 +105,10 @@ def test_density_is_solved(density):
 
 
 def test_refusals():
-    with pytest.raises(UnsupportedError, match="pool=None"):
-        Clear(8, pool=4)
+    with pytest.raises(UsageError, match="2 or more, or None; got 1"):
+        Clear(8, pool=1)
+    with pytest.raises(UsageError, match="must divide height and width; the grid is 16 x 18"):
+        Clear(8, pool=4).check(Layout((1, 16, 18)))
     with pytest.raises(UnsupportedError, match="Radial or GNA"):
         plan(Clear(), Layout((2, 8, 8)))
     with pytest.raises(UsageError, match="allowed 1 and more"):
@@ -123,3 +125,43 @@ def test_it_says_that_it_is_experimental():
     assert find("clear") is Clear
     assert Method.from_dict(method.to_dict()) == method
     assert Clear().radius == 16
+
+
+@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_pooled_keys_beside_the_disc(backend, text_first):
+    layout, side = Layout((1, 16, 24), text=9, text_first=text_first), 4
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, layout.tokens, 16, generator=generator) for _ in range(3))
+    out = attend(q, k, v, Clear(4, pool=side), layout=layout, backend=backend)
+
+    def cells(x):
+        image = x[:, :, layout.main].view(2, 3, 16 // side, side, 24 // side, side, 16)
+        return image.mean((3, 5)).flatten(2, 3)
+
+    keys, values = torch.cat([k, cells(k)], 2), torch.cat([v, cells(v)], 2)
+    pooled = torch.zeros(layout.tokens, keys.shape[2] - layout.tokens, dtype=torch.bool)
+    pooled[layout.main] = True  # text rows see no pooled key
+    mask = torch.cat([brute(layout, 4), pooled], 1)
+    expected = scaled_dot_product_attention(q.double(), keys.double(), values.double(), attn_mask=mask)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_density_with_pooled_keys():
+    layout = Layout((1, 16, 24), text=9)
+    q, k, v = (torch.randn(1, 1, layout.tokens, 8) for _ in range(3))
+    bare, pooled = plan(Clear(4), layout), make(q, k, v, Clear(4, pool=4), layout=layout)
+    assert pooled.density == pytest.approx(bare.density + 384 * 24 / layout.tokens**2)
+    assert not pooled.rep_mask().any()
+    assert torch.equal(pooled.token_mask(), bare.token_mask())
+    method, reached = Clear(pool=4).with_density(0.3, layout)
+    assert make(q, k, v, method, layout=layout).density == pytest.approx(reached)
+
+
+def test_pooled_keys_need_whole_blocks_of_image_tokens():
+    layout = Layout((1, 4, 6), text=3)
+    q = torch.randn(1, 1, layout.tokens, 8)
+    size = plan(Clear(2), layout).q_blocks.size
+    assert 24 % size
+    with pytest.raises(UnsupportedError, match=f"whole blocks of {size}"):
+        make(q, q, q, Clear(2, pool=2), layout=layout)
