@@ -207,8 +207,11 @@ class StreamCache:
 
     def window(self, layer: int) -> Pair:
         """Rotated keys and values of all that the chunk sees, the chunk last."""
-        if not self._history_tokens(self._open()):
-            return self.own(layer)
+        chunk, store, slots = self._open(), self._layers[layer], self._slots_of(layer)
+        end = self.valid + chunk.tokens
+        if slots.kept is None and not (chunk.drop and self._sinks()):  # one piece: nothing is copied but what turns
+            span = slice(chunk.drop, end)
+            return self._turned(layer, store.key[:, span], "window"), store.value[:, span]
         (key, value), (own_key, own_value) = self.history(layer), self.own(layer)
         return torch.cat([key, own_key], 1), torch.cat([value, own_value], 1)
 
@@ -316,9 +319,13 @@ class StreamCache:
         return key if self.config.key_storage == "roped" else rotate(key, self._tables(self._slots_of(layer), part))
 
     def _tables(self, slots: _Slots, part: str) -> Tables:
-        """Rotations of the chunk or its history. Constant within a chunk, so all layers and forwards share them."""
+        """Rotations of the chunk, its history, or both. Constant within a chunk: all layers and forwards share them."""
         if part in slots.tables:
             return slots.tables[part]
+        if part == "window":
+            history, own = (self._tables(slots, name) for name in ("history", "chunk"))
+            tables = tuple(torch.cat(pair, -2) for pair in zip(history, own, strict=True))
+            return self._shared(slots, part, tables)
         chunk = self._open()
         if part == "chunk":
             own = slice(self.valid, self.valid + chunk.tokens)
@@ -331,8 +338,10 @@ class StreamCache:
             frame = frame - chunk.start
             if part == "history":
                 frame = self._follow(frame, chunk)
-        tables = self._turn(frame, cell)
-        # One layer's compressed window is its own; keeping all of them would cost a good part of the cache again.
+        return self._shared(slots, part, self._turn(frame, cell))
+
+    def _shared(self, slots: _Slots, part: str, tables: Tables) -> Tables:
+        # Where every layer has a window of its own, keeping their tables would cost a good part of the cache again.
         if part == "chunk" or not self.config.compresses:
             slots.tables[part] = tables
         return tables
