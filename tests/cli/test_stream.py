@@ -1,6 +1,9 @@
 """The command: files, records, comparison, interruption, and refusals before anything is loaded."""
 
 import json
+import subprocess
+import sys
+import time
 
 import imageio.v3 as iio
 import pytest
@@ -69,6 +72,23 @@ def test_an_interruption_leaves_a_file_that_plays(stream, tmp_path, monkeypatch,
     assert len(iio.imread(video)) == 21
     assert json.loads(video.with_suffix(".json").read_text())["interrupted"] is True
     assert "what was made can be played" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_stream_leaves_a_file_that_plays(tiny_wan, tmp_path):
+    """SIGKILL: nothing of ours runs any more; the encoder ends the file by itself."""
+    (tmp_path / "prompt.txt").write_text("a red ball runs\n")
+    words = ["stream", tmp_path / "prompt.txt", "--model", tiny_wan, "--size", "48x32", "--seconds", "100000"]
+    process = subprocess.Popen([sys.executable, "-m", "dit_accel", *map(str, words), "-o", str(tmp_path / "out")])
+    deadline, seen = time.monotonic() + 120, []
+    while not seen and time.monotonic() < deadline:
+        time.sleep(0.5)
+        seen = [path for path in (tmp_path / "out").glob("*.mp4") if path.stat().st_size > 20_000]
+    process.kill()
+    process.wait()
+    assert seen, "nothing was written within two minutes"
+    time.sleep(2)
+    assert len(iio.imread(seen[0])) > 16
 
 
 def test_options_reach_the_stream(stream, tmp_path):
