@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class Clip:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "prompt": self.prompt.text, "policy": self.policy, "cache": self.config.to_dict(), "file": str(self.file),
+            "prompt": self.prompt.text, "seed": self.prompt.seed, "policy": self.policy,
+            "cache": self.config.to_dict(), "file": str(self.file),
             "width": self.size[0], "height": self.size[1], "interrupted": self.interrupted, **self.stats,
             **({"judged": self.judged} if self.judged else {}),
         }  # fmt: skip
@@ -128,7 +129,7 @@ def plan_stream(job: StreamJob) -> StreamPlan:
         size, seed = prompt.size or job.size or default, job.seed if prompt.seed is None else prompt.seed
         for name, config in configs.items():
             stem = f"{number:04d}-{slug(prompt.text)}-s{seed}-{slug(name)}"
-            clips.append(Clip(prompt, name, config, job.out / f"{stem}.mp4", size))
+            clips.append(Clip(replace(prompt, seed=seed), name, config, job.out / f"{stem}.mp4", size))
     taken = [clip.file.name for clip in clips if clip.file.exists()]
     if taken and not job.overwrite:
         raise UsageError(f"{taken[0]} is already in {job.out}; use --overwrite, or another -o")
@@ -168,7 +169,7 @@ def _one(pipe: Any, plan: StreamPlan, clip: Clip, judging: Any, tell: Listener) 
     stream = streaming.stream(
         prompt.text, seconds=job.seconds, width=clip.size[0], height=clip.size[1],
         negative_prompt=prompt.negative or "", changes=job.prompts_at, image=_image(prompt.image or job.image),
-        generator=job.seed if prompt.seed is None else prompt.seed,
+        generator=prompt.seed,
         max_sequence_length=plan.info.defaults.get("max_sequence_length", 512),
     )  # fmt: skip
     try:

@@ -36,7 +36,7 @@ def test_a_prompt_becomes_a_video_with_its_record(stream, tmp_path, capsys):
     assert iio.imread(tmp_path / "out" / f"{stem}.mp4").shape == (32, 32, 48, 3)
     record = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
     assert (record["frames"], record["chunks"], record["forwards"]) == (32, 3, 15)
-    assert record["cache"]["sink_frames"] == 2
+    assert (record["seed"], record["cache"]["sink_frames"]) == (42, 2)
     assert record["interrupted"] is False
     assert record["first_frame_seconds"] > 0
     captured = capsys.readouterr()
