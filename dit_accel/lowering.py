@@ -57,7 +57,7 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
         "order": q_axis.place(order), "kv_order": k_axis.place(kv_order),
         "tokens_q": None if q_axis.slot is None else plan.q_blocks.n,
         "tokens_k": None if k_axis.slot is None else plan.k_blocks.n,
-        **_beside(plan, q_axis),
+        "kept": plan.kept, **_beside(plan, q_axis),
     }  # fmt: skip
     if q_axis.trivial and k_axis.trivial:
         return TilePlan(full=plan.full, partial=plan.partial, predicate=plan.predicate, **common)

@@ -31,6 +31,7 @@ class Plan:
     scale x p x (q @ first_order) with p the mass on representatives (PISA); (B, Hk or H, R, D, Dv) has a matrix for
     each of them and is for tests, served by the reference tier alone. ``row_scale`` float32 (B, H, nq) and ``row_add``
     float32 (B, H, nq, Dv), together or not at all: applied after the softmax (Rectified SpaAttn).
+    ``kept``: whether the method keeps this plan for further calls.
     """
 
     layout: Layout
@@ -48,6 +49,7 @@ class Plan:
     first_order: Tensor | None = None
     row_scale: Tensor | None = None
     row_add: Tensor | None = None
+    kept: bool = False
     _memo: dict = field(default_factory=dict, repr=False)
 
     @property

@@ -29,6 +29,8 @@ class TilePlan:
     R, D, Dv), a matrix for the share of each representative. ``row_scale``: float32 (B, H, tiles_q), and ``row_add``:
     float32 (B, H, tiles_q, Dv), applied to the output of each query tile.
 
+    ``kept``: whether the same plan serves further calls, so that tables made for it are made once.
+
     ``_memo``: what a tier derived from the tables, kept as long as the plan.
     """
 
@@ -48,6 +50,7 @@ class TilePlan:
     first_order: Tensor | None = None
     row_scale: Tensor | None = None
     row_add: Tensor | None = None
+    kept: bool = False
     _memo: dict = field(default_factory=dict, repr=False)
 
     @property

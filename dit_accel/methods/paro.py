@@ -119,9 +119,8 @@ def _build(file: PlanFile, call: Call, heads: slice, where: int) -> Plan:
     ids = file.orders[file.header.layers.index(call.layer), heads].tolist()
     mask = file.map(call.layer, where, heads, call.device)
     blocks = Blocks.uniform(call.layout.tokens, file.header.block_size)
-    return Plan(
-        call.layout, blocks, blocks, BlockList.from_mask(mask[None]), order=_order(call.layout, ids, call.device)
-    )
+    order = _order(call.layout, ids, call.device)
+    return Plan(call.layout, blocks, blocks, BlockList.from_mask(mask[None]), order=order, kept=True)
 
 
 def _order(layout: Layout, ids: list[int], device: torch.device) -> Tensor | None:

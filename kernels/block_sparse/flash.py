@@ -30,12 +30,16 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
     return None
 
 
+def shared(plan: TilePlan) -> bool:
+    """Whether one list of whole tiles serves all samples and heads."""
+    return plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, for plans that :func:`refuses` lets pass."""
-    shared = plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
-    if not shared or alive is not None or k.shape[-1] != v.shape[-1]:
+    if not shared(plan) or alive is not None or k.shape[-1] != v.shape[-1]:
         return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)

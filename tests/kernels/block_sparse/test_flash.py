@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels import BlockList, Box, Predicate, TilePlan
-from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash, flash_rows
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash, flash_rows, flex
 
 
 def tensors(n_q, n_k, heads=4, kv_heads=4, dim=24, dtype=torch.float64, batch=2):
@@ -126,3 +126,13 @@ def test_whole_tiles_of_queries_with_tokens_before_heads():
     assert not q.is_contiguous()
     out, _ = block_sparse_attention(q, k, v, plan, scale=0.3, backend="flash")
     torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, 64, 64), 0.3)[0])
+
+
+@pytest.mark.parametrize(("kept", "tier"), [(True, "flex"), (False, "flash")])
+def test_lists_by_head_go_to_flex_where_the_plan_is_kept(kept, tier, monkeypatch):
+    monkeypatch.setattr(flex, "unavailable", lambda device: None)
+    q = torch.zeros(1, 4, 64, 16)
+    lists = BlockList.from_mask(torch.ones(1, 4, 4, 4, dtype=torch.bool))
+    assert choose(q, TilePlan(16, 16, 64, 64, lists, kept=kept))[0] == tier
+    shared = BlockList.from_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    assert choose(q, TilePlan(16, 16, 64, 64, shared, kept=kept))[0] == "flash"
