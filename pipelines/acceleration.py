@@ -9,7 +9,6 @@ import torch
 
 from ..diffusers.families import known_families
 from ..errors import DitAccelError, UnsupportedError, UsageError
-from ..functional import plan
 from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
@@ -157,10 +156,8 @@ def _with_density(
 
 
 def planned_density(method: Method, layout: Layout | None) -> float | None:
-    """The density of a static method's plan on ``layout``; None where it depends on the tensors."""
-    if layout is None or not method.static:
-        return None
-    return float(plan(None, None, None, method, layout=layout).density)
+    """The density of a method's plans on ``layout``; None where it depends on the tensors."""
+    return None if layout is None else method.known_density(layout)
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:

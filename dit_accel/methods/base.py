@@ -93,6 +93,10 @@ class Method:
         """The dense steps and layers that the preset ``name`` was published with, or None where it states none."""
         return None
 
+    def known_density(self, layout: Layout) -> float | None:
+        """The density of this method's plans on ``layout`` as far as it is known before a call, else None."""
+        return float(self.plan(None, None, None, Call(layout)).density) if self.static else None
+
     def dense_steps(self, total: int) -> list[int]:
         """Steps of a run of ``total`` on which the method itself is dense (:meth:`plan` gives None)."""
         return []

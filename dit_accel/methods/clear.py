@@ -56,12 +56,9 @@ class Clear(Method):
             raise UsageError(f"Clear.radius is {self.radius}; allowed 1 and more (released: 8, 16, 32)")
         if self.pool is not None and (not isinstance(self.pool, int) or self.pool < 2):
             raise UsageError(f"Clear.pool is the side of a cell in tokens, 2 or more, or None; got {self.pool!r}")
+        if self.pool is not None:
+            object.__setattr__(self, "static", False)  # pooled keys are made from k and v
         warnings.warn(self.experimental, UserWarning, stacklevel=3)
-
-    @property
-    def static(self) -> bool:
-        """Whether the plan follows from the layout alone: pooled keys are made from k and v."""
-        return self.pool is None
 
     def check(self, layout: Layout) -> None:
         _, height, width = layout.grid

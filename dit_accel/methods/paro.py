@@ -54,6 +54,10 @@ class Paro(Method):
         """No dense step: the maps of the first steps were calibrated like all others (as published)."""
         return Schedule.none()
 
+    def known_density(self, layout: Layout) -> float | None:
+        """What the calibration reached, the mean over layers and bins."""
+        return self._open().header.reached
+
     def check_model(self, model: ModelFacts) -> None:
         header = self._open().header
         config = {key: (header.config[key], model.config[key]) for key in header.config.keys() & model.config.keys()}

@@ -18,6 +18,10 @@ def run(capsys, *argv):
 def test_the_bundled_model_by_default(capsys):
     code, out, err = run(capsys)
     assert (code, err) == (0, "")
+    assert "method      paro (plan_file" in out
+    assert "from the plan file" in out
+    code, out, err = run(capsys, "--method", "radial")
+    assert (code, err) == (0, "")
     words = ("2,640; grid 33x8x10", "radial", "bound", "padding", "plan tables", "flash on cpu", "sm90", "verdict")
     assert [word for word in words if word not in out] == []
     assert "not measured" in out
@@ -63,7 +67,7 @@ def test_no_weight_is_read():
         "def refuse(*a, **k): raise SystemExit('weights were opened')\n"
         "safetensors.safe_open = refuse\n"
         "import safetensors.torch; safetensors.torch.load_file = refuse\n"
-        "from dit_accel.cli import main\nraise SystemExit(main(['plan', '--json']))"
+        "from dit_accel.cli import main\nraise SystemExit(main(['plan', '--method', 'radial', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def test_it_grades_writes_and_continues(tmp_path, calls):
 
 
 def test_pairs_share_prompt_and_seed(calls):
-    result = module.evaluate(Suite(TEXTS, seeds=(3,), dimensions=DIMENSIONS, compare=True), job())
+    result = module.evaluate(Suite(TEXTS, seeds=(3,), dimensions=DIMENSIONS, compare=True), job(method="radial"))
     assert calls == [(text, 3, fast) for text in TEXTS for fast in (False, True)]
     assert set(result["summary"]) == {"dense", "radial"}
     assert result["paired"]["color"]["mean"] == pytest.approx(0)
