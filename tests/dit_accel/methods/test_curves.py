@@ -65,15 +65,16 @@ def points(grid, **settings):
     return torch.stack([order // (height * width), order // width % height, order % width], -1)
 
 
-@settings(max_examples=30, deadline=None)
-@given(GRIDS)
+@settings(max_examples=30, deadline=None, derandomize=True)
+# The published recursion has no end on some grids one token wide, such as (3, 4, 1).
+@given(GRIDS.filter(lambda grid: grid[2] > 1))
 def test_equals_the_recursion(grid):
     t, h, w = grid
     expected = [(z, y, x) for x, y, z in walk((0, 0, 0), (w, 0, 0), (0, h, 0), (0, 0, t))]
     assert points(grid).tolist() == [list(p) for p in expected]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(GRIDS, st.booleans())
 def test_is_a_permutation(grid, longest_first):
     assert torch.equal(gilbert(grid, longest_first).sort().values, torch.arange(grid[0] * grid[1] * grid[2]))
@@ -129,7 +130,7 @@ def test_the_order_of_a_layout_walks_the_grid_then_the_rest(layout):
     assert plain is None or torch.equal(plain[:72], torch.arange(main.start, main.stop))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(GRIDS, st.integers(1, 20), st.booleans())
 def test_touching_blocks(grid, size, curved):
     n = grid[0] * grid[1] * grid[2]
