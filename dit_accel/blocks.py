@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,14 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A partition of n slots into consecutive blocks. ``bounds``: int64 (blocks + 1,) on the CPU."""
+    """A partition of n slots into consecutive blocks. ``bounds``: int64 (blocks + 1,) on the CPU.
+
+    ``_memo``: what lowering derived from it. Methods keep a partition per layout, so that is done once.
+    """
 
     bounds: Tensor
+    _memo: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def uniform(cls, n: int, size: int) -> Blocks:
-        """Blocks of ``size``; the last one may be shorter."""
-        return cls(torch.cat([torch.arange(0, n, size), torch.tensor([n])]))
+        """Blocks of ``size``; the last one may be shorter. Equal arguments give the same object."""
+        return _uniform(n, size)
 
     @property
     def n(self) -> int:
@@ -41,3 +46,8 @@ class Blocks:
     def owner(self) -> Tensor:
         """int64 (n,): the block of each slot."""
         return torch.repeat_interleave(torch.arange(self.count), self.sizes)
+
+
+@functools.lru_cache(maxsize=16)
+def _uniform(n: int, size: int) -> Blocks:
+    return Blocks(torch.cat([torch.arange(0, n, size), torch.tensor([n])]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,9 +49,8 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
     # A predicate's tables are indexed by slots. Representatives leave query tiles no choice but holes.
     most = 2 if plan.predicate is None else 0
     most_q = most if _plain(plan) or not most else math.inf
-    axes = (plan.q_blocks, tile_q, most_q), (plan.k_blocks, tile_k, most)
-    q_axis, k_axis = (_Axis.of(*axis) for axis in axes)
-    q_axis, k_axis = q_axis.to(plan.device), k_axis.to(plan.device)
+    q_axis = _Axis.of(plan.q_blocks, tile_q, most_q, plan.device)
+    k_axis = _Axis.of(plan.k_blocks, tile_k, most, plan.device)
     order, kv_order = plan._orders()
     common = {
         "tile_q": tile_q, "tile_k": tile_k, "n_q": q_axis.slots, "n_k": k_axis.slots,
@@ -124,8 +124,16 @@ class _Axis:
     run: int = 0
 
     @classmethod
-    def of(cls, blocks: Blocks, tile: int, most: float) -> _Axis:
-        """``most``: ragged blocks are padded where that gives at most this many slots per token."""
+    def of(cls, blocks: Blocks, tile: int, most: float, device: torch.device) -> _Axis:
+        """The axis on ``device``, kept with the partition. ``most``: ragged blocks are padded where that gives at most
+        this many slots per token."""
+        key = tile, most, device
+        if key not in blocks._memo:
+            blocks._memo[key] = cls._make(blocks, tile, most).to(device)
+        return blocks._memo[key]
+
+    @classmethod
+    def _make(cls, blocks: Blocks, tile: int, most: float) -> _Axis:
         sizes, size = blocks.sizes, blocks.size
         if size is None and int((-(-sizes // tile) * tile).sum()) <= most * blocks.n:
             tiles = -(-sizes // tile)
@@ -141,11 +149,11 @@ class _Axis:
         first, last = owner[starts], owner[(starts + tile - 1).clamp_max(blocks.n - 1)]
         return cls(blocks.n, first, last, owner.int(), None, size == tile, tile if size == 1 else 0)
 
-    @property
+    @functools.cached_property
     def aligned(self) -> bool:
         return torch.equal(self.first, self.last)
 
-    @property
+    @functools.cached_property
     def dead(self) -> Tensor | None:
         """bool (slots,): the holes, or None without any."""
         return None if self.slot is None or not bool((self.slot < 0).any()) else self.slot < 0

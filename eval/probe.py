@@ -88,8 +88,10 @@ class Probe:
 
     @property
     def tables(self) -> int | None:
-        """Bytes of the plan's tables; None where a plan is made for every call."""
-        return None if self.plan is None else _bytes(self.plan)
+        """Bytes of the tables of plans that are kept, of all layers; None where a plan is made for every call."""
+        if self.plan is not None:
+            return _bytes(self.plan)
+        return _bytes(self.trial) * len(self.by_layer) if self.trial is not None and self.trial.kept else None
 
 
 def _try(method: Method, layout: Layout, layers: int) -> tuple[list[Plan], str | None]:

@@ -1,9 +1,11 @@
 """The table of methods on a tiny pipeline: every measurement, continued where it stopped."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dit_accel.errors import UsageError
 from dit_accel.eval import memory
@@ -91,4 +93,11 @@ def test_memory_of_a_call():
     assert found["tier"] == "flash"
     assert not found["reordered"]
     assert 0 < found["representatives"] <= 1 / 32
-    assert found["extra"] >= 0
+
+
+def test_the_peak_is_what_was_held_in_between():
+    with memory._Peak() as peak:
+        held = torch.ones(64 << 20, dtype=torch.uint8)
+        time.sleep(0.05)
+        del held
+    assert 60 << 20 < peak.extra < 80 << 20

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from offline import compiled
 
 from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Group, Predicate, TilePlan, tuning
 
@@ -19,10 +20,6 @@ if tier.interpreted() and not os.environ.get("CI"):
 
 MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB per block, CUDA C++ programming guide
-TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
-}  # fmt: skip
 N, HEADS = 256, 4
 
 
@@ -55,39 +52,9 @@ def plan(features: set[str], tile: int = 128, dim: int = 64, dtype: torch.dtype 
     return TilePlan(tile, tile, N, N, listed, partial, predicate, gate, order, order, **more)
 
 
-def described(values, path=()):
-    """Signature, constants and divisibility of run-time arguments, as a launch would specialise them."""
-    signature, constants, attributes = [], {}, {}
-    for index, value in enumerate(values):
-        at = (*path, index)
-        if isinstance(value, tuple):
-            inner, more_constants, more_attributes = described(value, at)
-            signature.append(tuple(inner))
-            constants |= more_constants
-            attributes |= more_attributes
-            continue
-        if value is None or (isinstance(value, int) and value == 1):
-            signature.append("constexpr")
-            constants[at] = value
-        elif isinstance(value, float):
-            signature.append("fp32")
-        else:
-            tensor = isinstance(value, torch.Tensor)
-            signature.append(f"*{TYPES[value.dtype]}" if tensor else "i32")
-            if tensor or value % 16 == 0:
-                attributes[at] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """``build(arch, dim, features)`` -> the compiled kernel and its tuning entry."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-
     def make(arch, dim, features=(), dtype=torch.bfloat16):
         features = set(features)
         tiles = plan(features, dim=dim, dtype=dtype)
@@ -97,16 +64,7 @@ def build(tmp_path, monkeypatch):
         entry = tuning.tuning(divmod(arch, 10), dim, dtype.itemsize, tiles.tile_q, tiles.tile_k)
         values = tier.arguments(q, q, q, q, lse, tiles, scale=1.0, kv_valid=kv_valid)
         fixed = tier.constants(q, q, q, q, tiles, entry, bounded=kv_valid is not None)
-        signature, constants, attributes = described(values)
-        names = tier.forward.arg_names
-        source = ASTSource(
-            tier.forward,
-            dict(zip(names, signature, strict=False)) | dict.fromkeys(fixed, "constexpr"),
-            constants | {(names.index(name),): value for name, value in fixed.items()},
-            attributes,
-        )
-        options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), entry
+        return compiled(tier.forward, values, fixed, entry, arch, tmp_path, monkeypatch), entry
 
     return make
 

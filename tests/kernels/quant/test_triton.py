@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from offline import compiled
 
 from dit_accel.kernels import Band, BlockList, Gate, Predicate, TilePlan
 from dit_accel.quant import PRESETS, Quant
@@ -24,10 +25,6 @@ if tier.plain.interpreted() and not os.environ.get("CI"):
     pytest.skip("the process was started with TRITON_INTERPRET=1", allow_module_level=True)
 
 N, HEADS = 256, 2
-TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
-}  # fmt: skip
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB per block, CUDA C++ programming guide
 
 
@@ -43,38 +40,9 @@ def test_interpreter_suite():
     assert "skipped" not in done.stdout
 
 
-def described(values, path=()):
-    """Signature, constants and divisibility of run-time arguments, as a launch would specialise them."""
-    signature, constants, attributes = [], {}, {}
-    for index, value in enumerate(values):
-        at = (*path, index)
-        if isinstance(value, tuple):
-            inner, more_constants, more_attributes = described(value, at)
-            signature.append(tuple(inner))
-            constants |= more_constants
-            attributes |= more_attributes
-        elif value is None or (isinstance(value, int) and value == 1):
-            signature.append("constexpr")
-            constants[at] = value
-        elif isinstance(value, float):
-            signature.append("fp32")
-        else:
-            tensor = isinstance(value, torch.Tensor)
-            signature.append(f"*{TYPES[value.dtype]}" if tensor else "i32")
-            if tensor or value % 16 == 0:
-                attributes[at] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """``build(arch, dim, recipe, tested)`` -> the compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-
     def make(arch, dim, recipe, *, tested=False, dead=False):
         monkeypatch.setattr(tier.plain, "tuning_for", lambda plan, q, d, tile_q, tile_k: tuning.tuning(
             divmod(arch, 10), d, q.element_size(), tile_q, tile_k
@@ -94,17 +62,7 @@ def build(tmp_path, monkeypatch):
         lse = torch.zeros(1, HEADS, N) if dead else None
         values = tier.arguments(q, x, v, q, lse, plan, scale=1.0, live=live)
         fixed = tier.constants(x, v, plan, recipe, entry, bounded=dead) | {"EMULATED": False}
-        signature, constants, attributes = described(values)
-        names = tier.forward.arg_names
-        assert names[len(values) :] == list(fixed)
-        source = ASTSource(
-            tier.forward,
-            dict(zip(names, signature, strict=False)) | dict.fromkeys(fixed, "constexpr"),
-            constants | {(names.index(name),): value for name, value in fixed.items()},
-            attributes,
-        )
-        options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return compiled(tier.forward, values, fixed, entry, arch, tmp_path, monkeypatch)
 
     return make
 
