@@ -52,6 +52,7 @@ _NAMES = {
     "QuantProcessor": "processors",
     "AllBlocksProcessor": "processors",
     "RandomBlocksProcessor": "processors",
+    "load_preset": "preset",
     "set_attn_processor": "diffusers",
     "reset_attn_processor": "diffusers",
     "describe": "diffusers",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
         VMoBA,
     )
     from .plans import Plan
+    from .preset import load_preset
     from .processors import (
         AdaSpaProcessor,
         AllBlocksProcessor,

@@ -83,6 +83,14 @@ class Processor:
             "on_unsupported": self.on_unsupported,
         }
 
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Processor:
+        """The inverse of :meth:`to_dict`, also after JSON."""
+        values = {**data, "schedule": Schedule.from_dict(data["schedule"]), "guard": Guard(**data["guard"])}
+        method, quant = values.pop("method"), values["quant"]
+        values["quant"] = Quant.from_dict(quant) if isinstance(quant, dict) else quant
+        return Processor(None if method is None else Method.from_dict(method), **values)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Processor) and type(self) is type(other) and vars(self) == vars(other)
 

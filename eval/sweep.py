@@ -1,7 +1,9 @@
 """The stored sweep that judges tuning: a fixed grid of 48 settings, each rendered for six prompts of the bundled model.
 
-``python -m dit_accel.eval.sweep -o sweep.json`` measures, and continues where it was interrupted. It is done at a short
-setting, 49 frames and 4 steps, so that it takes 25 minutes on two cores; a quarter of the run is then one step.
+``python -m dit_accel.eval.sweep -o sweep.json`` measures, and continues where it was interrupted; renders that other
+work kept waiting are made again. ``--replay sweep.json`` then searches the stored rows, ten times per budget, each
+time on other prompts, and tells whether the budget held on the rest and how good the choice was. The sweep is done at
+a short setting, 49 frames and 4 steps, so that it takes 25 minutes on two cores; a quarter of the run is one step.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +25,10 @@ from ..pipelines.model import ModelInfo, inspect_model
 from ..pipelines.prompts import Prompt
 from .environment import environment
 from .shapes.suite import prompts
-from .tune.bench import Bench, Store, trial
+from .tune.bench import Bench, Store, read
+from .tune.budget import Budget
 from .tune.plans import plan_path, write_plans
+from .tune.replay import Stored, replay
 from .tune.space import Setting, layer_groups, settings
 
 PROMPTS = 6
@@ -31,6 +36,7 @@ PROMPTS = 6
 CALIBRATION = 2
 # Accelerated renders between two dense ones.
 EVERY = 8
+BUDGETS = ("psnr>=28", "speed>=1.3")
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,11 @@ def run(sweep: Sweep, out: Path | None = None, say: Callable[[str], None] = lamb
     bench = Bench(pipe, shots, processors, store, every=EVERY, tell=lambda row: say(_line(row)))
     for number in range(len(shots)):
         # Another order for every prompt, the same in every run: no setting is always the one after a dense render.
-        names = [setting.name for setting in chosen if store.find(setting.name, number) is None]
+        names = [setting.name for setting in chosen if store.missing(setting.name, number)]
         random.Random(number).shuffle(names)
         say(f"prompt {number + 1} of {len(shots)}: {len(names)} of {len(chosen)} settings to render")
         for name in names:
-            bench.measure(name, number)
+            bench.measure(name, number, again=True)
         bench.forget(number)
     if store.rows[-1]["setting"] != DENSE:
         bench.dense(len(shots) - 1)
@@ -101,16 +107,22 @@ def run(sweep: Sweep, out: Path | None = None, say: Callable[[str], None] = lamb
 
 def table(document: dict[str, Any]) -> list[tuple[str, float, float]]:
     """Name, mean PSNR and mean speed-up of the loop of every setting, fastest first."""
-    rows = document["rows"]
-    found = {}
-    for index, row in enumerate(rows):
-        if row["setting"] != DENSE:
-            found.setdefault(row["setting"], []).append(trial(rows, index))
-    means = [
-        (name, sum(t.psnr for t in own) / len(own), sum(t.speed or 0.0 for t in own) / len(own))
-        for name, own in found.items()
-    ]
-    return sorted(means, key=lambda entry: -entry[2])
+    stored = Stored.of(document)
+    everything = [stored.estimate(setting, range(len(stored.prompts))) for setting in stored.settings]
+    return sorted(((e.setting.name, e.mean("psnr"), e.mean("speed")) for e in everything), key=lambda entry: -entry[2])
+
+
+def told(found: dict[str, Any]) -> str:
+    """One line on a budget's trials."""
+    best = found["best"]
+    ideal = f"{best['setting']} ({best['psnr']:.1f} dB, {best['speed']:.2f} x)" if best else "no setting"
+    choices = Counter(row["chosen"] or "none" for row in found["trials"])
+    measured = sum(row["measurements"] for row in found["trials"]) / len(found["trials"])
+    return (
+        f"{found['budget']}: held in {found['held']} of {len(found['trials'])}, within 5 % of the best in "
+        f"{found['near']}; chosen {', '.join(f'{name} ({n})' for name, n in choices.most_common())}; with all prompts "
+        f"{ideal}; {measured:.0f} of {found['measurements_of_a_full_sweep']} measurements"
+    )
 
 
 def _shots(info: ModelInfo, sweep: Sweep) -> tuple[list[Shot], list[Shot]]:
@@ -145,8 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", help="pipeline folder or hub id (default: the bundled model)")
     add("--device", default="auto")
     add("--plans", type=Path, default=Path("paro-plans"), help="folder of PARO's plans (default: paro-plans)")
+    add("--replay", type=Path, metavar="FILE", help="search a stored sweep instead of measuring one")
+    add("--budget", nargs="+", default=BUDGETS, help=f"budgets of --replay (default: {' '.join(BUDGETS)})")
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
+    out, stored, budgets = (args.pop(name) for name in ("out", "replay", "budget"))
+    if stored:
+        for budget in budgets:
+            print(told(replay(Stored.of(read(stored)), Budget.parse(budget))))
+        return 0
     document = run(replace(Sweep(), **args), out, lambda text: print(text, file=sys.stderr, flush=True))
     for name, psnr, speed in table(document):
         print(f"{name:<28} {psnr:6.2f} dB  {speed:5.2f}x")

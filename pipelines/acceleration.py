@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import DitAccelError, UnsupportedError, UsageError
 from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
+from ..preset import read_preset
 from ..processors import Processor, QuantProcessor
 from ..schedule import Schedule
 from .model import ModelInfo
@@ -27,7 +29,7 @@ class Acceleration:
     ``density``: kept fraction in (0, 1]. ``dense_steps``: leading steps left dense, a count or a fraction.
     ``dense_layers``: leading layers left dense, a count or a set of layer indices. ``parameters``: the method's
     own, by name. ``backend``: an execution tier or ``"auto"``. ``quant``: a preset of quantised products, by name, or
-    ``"auto"``; with ``"dense"`` too.
+    ``"auto"``; with ``"dense"`` too. ``preset``: a file of `dit-accel tune`, which says all of this but the backend.
     """
 
     method: str | None = None
@@ -37,6 +39,7 @@ class Acceleration:
     parameters: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
     quant: str | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
 
     Raises ``UsageError`` for values that cannot be, ``UnsupportedError`` where the method named has no meaning here.
     """
+    if accel.preset is not None:
+        return _preset(accel, info, layout, frames, steps)
     if accel.density is not None and not 0 < accel.density <= 1:
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
     name, why = (accel.method, None) if accel.method else _default(accel, info, layout, frames)
@@ -74,12 +79,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
     method = None if dense else _method(name, accel, info.defaults)
     if method is not None and (layout is not None or frames < 2):
         method.check(layout or Layout(grid=(1, 1, 64)))
-    if info.family is None:
-        known = ", ".join(sorted(model for family in known_families() for model in family.models))
-        raise UnsupportedError(
-            f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
-            f"register a row (dit_accel.diffusers.register_family). Known: {known}"
-        )
+    _check_family(name, info)
     if method is None:
         processor, density = QuantProcessor(accel.quant, schedule=_schedule(accel, None), backend=accel.backend), 1.0
     else:
@@ -90,6 +90,36 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
     if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
     return Choice(processor, density, tuple(notes))
+
+
+def _preset(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames: int, steps: int) -> Choice:
+    """What a preset says, and a note where this run is another than it was tuned for."""
+    given = _given(accel) + ([f"--method {accel.method}"] if accel.method else [])
+    given += [f"--quant {accel.quant}"] if accel.quant else []
+    if given:
+        raise UsageError(f"--preset {accel.preset} sets all of attention; leave out {', '.join(given)}")
+    preset = read_preset(accel.preset)
+    processor = copy.copy(preset.processor)
+    if accel.backend != "auto":
+        processor.backend = accel.backend
+    _check_family(processor.name, info)
+    if processor.method is not None and layout is not None:
+        processor.method.check(layout)
+    here = {"weights": info.revision or info.fingerprint(), "frames": frames, "steps": steps}
+    here["grid"] = None if layout is None else list(layout.grid)
+    other = preset.differences(here)
+    notes = [f"{accel.preset} was tuned for another run, its figures do not hold: {'; '.join(other)}"] if other else []
+    density = 1.0 if processor.method is None else planned_density(processor.method, layout)
+    return Choice(processor, density, tuple(notes))
+
+
+def _check_family(name: str, info: ModelInfo) -> None:
+    if info.family is None:
+        known = ", ".join(sorted(model for family in known_families() for model in family.models))
+        raise UnsupportedError(
+            f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
+            f"register a row (dit_accel.diffusers.register_family). Known: {known}"
+        )
 
 
 def _default(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames: int) -> tuple[str, str | None]:
@@ -178,19 +208,21 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def _refuse_leftovers(accel: Acceleration, why: str | None) -> None:
-    given = [
-        flag
-        for flag, value in (
-            ("--density", accel.density),
-            ("--dense-steps", accel.dense_steps if accel.quant is None else None),
-            ("--dense-layers", accel.dense_layers if accel.quant is None else None),
-            ("--param", accel.parameters or None),
-        )
-        if value is not None
-    ]
+    given = _given(accel)
     if not given:
         return
     which = f"{', '.join(given)} set{'s' if len(given) == 1 else ''} a sparse method"
     if accel.method is None:
         raise UsageError(f"{which}, and there is none by default: {why}")
     raise UsageError(f"{which}, and --method dense has none; leave {'it' if len(given) == 1 else 'them'} out")
+
+
+def _given(accel: Acceleration) -> list[str]:
+    """The flags of a sparse method that were given; with quantised products a schedule stands without one."""
+    flags = (
+        ("--density", accel.density),
+        ("--dense-steps", accel.dense_steps if accel.quant is None else None),
+        ("--dense-layers", accel.dense_layers if accel.quant is None else None),
+        ("--param", accel.parameters or None),
+    )
+    return [flag for flag, value in flags if value is not None]

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dense-layers", metavar="N|I,J", help="leading layers left dense, or a list of layer indices (default: 0)")
     add("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; repeatable")
     add("--quant", metavar="NAME", help="quantised products: auto, sage1, sage2, sage2-int4, sage2pp (default: none)")
+    add("--preset", metavar="FILE", help="all of this as `dit-accel tune` found it, but --backend")
     add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
 
 
@@ -32,6 +33,7 @@ def chosen(args: argparse.Namespace) -> Any:
         parameters=dict(_parameter(p) for p in args.param),
         backend=args.backend,
         quant=args.quant,
+        preset=args.preset,
     )
 
 

@@ -7,13 +7,14 @@ import difflib
 import sys
 
 from .. import __version__
-from . import calibrate, doctor, mask, methods, models, plan, render, report, stream
+from . import calibrate, doctor, mask, methods, models, plan, render, report, stream, tune
 from . import eval as eval_command
 
 COMMANDS = {
     "render": render,
     "stream": stream,
     "plan": plan,
+    "tune": tune,
     "report": report,
     "eval": eval_command,
     "mask": mask,
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   dit-accel render prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81 -o out
   dit-accel stream prompts.txt --seconds 30 --policy deep_sink
   dit-accel plan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81
+  dit-accel tune --budget "psnr>=28" -o preset.json
   dit-accel mask --method radial --model-family wan -o mask.png
   dit-accel calibrate paro -o plan.safetensors
   dit-accel methods

@@ -24,11 +24,12 @@ from ...processors import Processor
 from ...schedule import Schedule
 from ..fidelity import fidelity
 from ..speed import EMULATED
-from .space import Setting
 
 SCHEMA = 1
 # Accelerated renders between two dense ones, at most.
 EVERY = 6
+# A render that had less than this share of the cores that others had was waiting for other work.
+STARVED = 0.8
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Store:
     """The rows of a measurement, in the order they were made, in a file that is whole at any time.
 
     ``about``: what all rows have in common; a file of another is refused with ``UsageError``. Rows: ``setting`` (name
-    or ``"dense"``), ``prompt`` (index), ``session``, ``seconds``, ``psnr``, ``effective_density``, ``tiers``.
+    or ``"dense"``), ``prompt`` (index), ``steps``, ``session``, ``seconds``, ``psnr``, ``tiers`` and more.
     """
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
@@ -76,8 +77,14 @@ class Store:
         os.replace(part, self.path)
 
     def find(self, setting: str, prompt: int) -> int | None:
-        """The index of the row of a setting and prompt."""
-        return next((i for i, r in enumerate(self.rows) if (r["setting"], r["prompt"]) == (setting, prompt)), None)
+        """The index of the last row of a setting and prompt."""
+        found = [i for i, r in enumerate(self.rows) if (r["setting"], r["prompt"]) == (setting, prompt)]
+        return found[-1] if found else None
+
+    def missing(self, setting: str, prompt: int) -> bool:
+        """Whether a setting and prompt has no row, or was starved and should be measured again."""
+        index = self.find(setting, prompt)
+        return index is None or starved(self.rows[index], most_cores(self.rows))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -88,14 +95,26 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error}") from None
 
 
+def most_cores(rows: Sequence[dict[str, Any]]) -> float:
+    """The most CPU cores that a render had; 0 where none tells, on GPUs."""
+    return max((row.get("cores") or 0.0 for row in rows), default=0.0)
+
+
+def starved(row: dict[str, Any], cores: float) -> bool:
+    """Whether a render had so few of the ``cores`` that others had that its time says little."""
+    return (row.get("cores") or cores) < STARVED * cores
+
+
 def trial(rows: Sequence[dict[str, Any]], index: int) -> Trial:
-    """What row ``index`` says, its loop set against the dense loops of its session that are nearest before and
-    after."""
-    row = rows[index]
+    """What row ``index`` says, its loop set against the dense loops of its session and of as many steps that are
+    nearest before and after; starved ones are passed over."""
+    row, cores = rows[index], most_cores(rows)
+    kind = DENSE, row["session"], row.get("steps")
     near = []
     for side in (reversed(rows[:index]), rows[index + 1 :]):
-        dense = next((r for r in side if r["setting"] == DENSE or r["session"] != row["session"]), None)
-        if dense is not None and dense["session"] == row["session"]:
+        alike = (r for r in side if (r["setting"], r["session"], r.get("steps")) == kind)
+        dense = next((r for r in alike if not starved(r, cores)), None)
+        if dense is not None:
             near.append(dense["seconds"]["loop"])
     emulated = set(row["tiers"] or {}) & {*EMULATED, "quant-reference"}
     speed = None if emulated or not near else float(np.mean(near)) / row["seconds"]["loop"]
@@ -124,19 +143,18 @@ class Bench:
         self._warm: set[str] = set()
         self._since = every
 
-    def measure(self, setting: Setting | str, prompt: int) -> Trial:
+    def measure(self, name: str, prompt: int, *, again: bool = False) -> Trial:
         """The trial of one setting on one prompt, from the store or a render, with a dense one before it where the last
-        is too long ago or the prompt has none yet."""
-        name = setting if isinstance(setting, str) else setting.name
+        is too long ago or the prompt has none yet. ``again``: render, whatever is stored."""
         index = self.store.find(name, prompt)
-        if index is None:
+        if index is None or again:
             self._warm_up(name)
             if self._since >= self.every or prompt not in self._dense:
                 self.dense(prompt)
             result = generate(self.pipe, self.shots[prompt], self.processors[name])
             self._since += 1
             psnr = fidelity(self._dense[prompt], result.frames).psnr
-            self.tell(self.store.add(_row(name, prompt, result) | {"psnr": psnr}))
+            self.tell(self.store.add(self._row(name, prompt, result) | {"psnr": round(psnr, 4)}))
             index = len(self.store.rows) - 1
         return trial(self.store.rows, index)
 
@@ -145,7 +163,7 @@ class Bench:
         self._warm_up(DENSE)
         result = generate(self.pipe, self.shots[prompt], Processor(None))
         self._dense[prompt], self._since = result.frames, 0
-        self.tell(self.store.add(_row(DENSE, prompt, result)))
+        self.tell(self.store.add(self._row(DENSE, prompt, result)))
 
     def forget(self, prompt: int) -> None:
         """Let go of a prompt's dense frames: videos of a large model fill memory."""
@@ -161,9 +179,9 @@ class Bench:
         generate(self.pipe, self.shots[0], processor, steps=1)
 
 
-def _row(name: str, prompt: int, result: Result) -> dict[str, Any]:
-    keep = ("loop", "attention", "planning", "total")
-    seconds = {key: round(result.seconds[key], 4) for key in keep if key in result.seconds}
-    row = {"setting": name, "prompt": prompt, "seconds": seconds, "cores": result.cores and round(result.cores, 2)}
-    attention = result.attention
-    return row | {key: attention.get(key) for key in ("tiers", "effective_density", "fallbacks")}
+    def _row(self, name: str, prompt: int, result: Result) -> dict[str, Any]:
+        keep = ("loop", "attention", "planning", "total")
+        seconds = {key: round(result.seconds[key], 4) for key in keep if key in result.seconds}
+        row = {"setting": name, "prompt": prompt, "steps": self.shots[prompt].steps, "seconds": seconds}
+        row["cores"] = result.cores and round(result.cores, 2)
+        return row | {key: result.attention.get(key) for key in ("tiers", "effective_density", "fallbacks")}

@@ -1,11 +1,17 @@
 """The stored sweep on a tiny pipeline: measured, continued, and of one grid."""
 
+from pathlib import Path
+
 import pytest
 
 from dit_accel.errors import UsageError
 from dit_accel.eval import sweep
+from dit_accel.eval.tune.bench import read
+from dit_accel.eval.tune.budget import Budget
+from dit_accel.eval.tune.replay import Stored, replay
 from dit_accel.eval.tune.space import Setting
 
+STORED = Path(sweep.__file__).parent / "results" / "sweep-mini.json"
 GRID = (Setting("radial", 0.5), Setting("vmoba", 0.5, 0.25, (0,)))
 
 
@@ -38,3 +44,14 @@ def test_an_interrupted_sweep_is_continued(tiny_wan, tmp_path):
     assert {name for name, _, _ in sweep.table(document)} == {setting.name for setting in GRID}
     with pytest.raises(UsageError, match="another job"):
         sweep.run(small(tiny_wan, tmp_path, steps=3), out)
+
+
+@pytest.mark.skipif(not STORED.is_file(), reason="no sweep is committed")
+@pytest.mark.parametrize("budget", sweep.BUDGETS)
+def test_the_budget_holds_on_prompts_that_the_search_did_not_see(budget, capsys):
+    found = replay(Stored.of(read(STORED)), Budget.parse(budget))
+    assert found["held"] >= 9
+    assert found["near"] >= 9
+    assert sum(row["measurements"] for row in found["trials"]) / 10 < 0.7 * found["measurements_of_a_full_sweep"]
+    assert sweep.main(["--replay", str(STORED), "--budget", budget]) == 0
+    assert f"{budget}: held in {found['held']} of 10" in capsys.readouterr().out
