@@ -135,13 +135,15 @@ def _report(console: Any, job: Any, tuning: Any, outcome: Any) -> None:
 
     for setting, why in outcome.found.failed.items():
         console.note(f"left out: {setting.name}: {why}")
+    if not outcome.found.sure:
+        console.note(f"note: the search is not sure of {job.budget}; full runs of what came nearest decide")
     if not outcome.found.complete:
         console.note(f"note: the search ended at --renders {job.limit}; more might find a better setting")
     console.say(f"no other setting is better in both, {tuning.short_steps} steps, {job.calibration} prompts:")
     rows = [cells(e) for e in outcome.found.front or [outcome.found.nearest]]
     for line in table([("setting", "PSNR", "loop"), *rows], right=frozenset({1, 2})):
         console.say(f"  {line}")
-    console.say(f"in full, {tuning.full[0].steps} steps, {job.held_back} prompts held back:")
+    console.say(f"in full, {tuning.full[0].steps} steps, {job.held_back} held-back prompt{'s' * (job.held_back > 1)}:")
     for line in table([("setting", "PSNR", "loop"), *map(cells, outcome.verdict.confirmed)], right=frozenset({1, 2})):
         console.say(f"  {line}")
     chosen = outcome.verdict.chosen
@@ -170,6 +172,7 @@ def _document(job: Any, outcome: Any) -> dict[str, Any]:
         "front": [told(e) for e in found.front],
         "measured": [told(e) for e in found.measured],
         "measurements": found.measurements,
+        "sure": found.sure,
         "complete": found.complete,
         "failed": {setting.name: why for setting, why in found.failed.items()},
         "files": [str(path) for path in outcome.files],

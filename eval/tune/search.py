@@ -37,11 +37,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Found:
-    """``chosen``: None where no setting meets the budget. ``nearest``: the measured setting that misses it least.
+    """``chosen``: None where no setting meets the budget. ``sure``: it does with the confidence that the rules ask for;
+    otherwise its mean does, and it is the safest such one. ``nearest``: the measured setting that misses it least.
     ``measured``: all that were, ``front`` those of them seen on every prompt that no other beats in both.
     ``complete``: False where the limit ended the search. ``failed``: why settings could not be measured."""
 
     chosen: Estimate | None
+    sure: bool
     nearest: Estimate
     measured: tuple[Estimate, ...]
     measurements: int
@@ -64,8 +66,9 @@ def search(
 ) -> Found:
     """Search ``settings`` with ``measure(setting, prompt)`` over ``prompts``; ``known`` has been measured before.
 
-    A setting meets the budget when the lower bound of its mean does, after every prompt. One whose measurement raises
-    ``DitAccelError`` is left out. Raises ``DitAccelError`` where none could be timed.
+    A setting meets the budget when the lower bound of its mean does, after every prompt; where there is none, the one
+    of the highest bound is chosen whose mean does. One whose measurement raises ``DitAccelError`` is left out. Raises
+    ``DitAccelError`` where none could be timed.
     """
     found = _Search(settings, prompts, measure, budget, rules or Rules())
     found.trials |= {estimate.setting: dict(estimate.trials) for estimate in known}
@@ -110,8 +113,13 @@ class _Search:
         if not measured:
             reasons = "; ".join(dict.fromkeys(self.dropped.values())) or "there is none to search"
             raise DitAccelError(f"no setting could be measured: {reasons}")
-        nearest = min(measured, key=lambda e: (e.shortfall(self.budget), -e.mean(self.budget.objective)))
-        return Found(self._best(), nearest, measured, count, complete, len(self.prompts), self.dropped)
+        best = self._best()
+        nearest = min(measured, key=lambda e: (e.shortfall(self.budget), -self._bound(e)))
+        safest = nearest if nearest.shortfall(self.budget) == 0 and self._whole(nearest.setting) else None
+        return Found(
+            chosen=best or safest, sure=best is not None, nearest=nearest, measured=measured, measurements=count,
+            complete=complete, prompts=len(self.prompts), failed=self.dropped,
+        )  # fmt: skip
 
     def _estimate(self, setting: Setting) -> Estimate:
         return Estimate(setting, self.trials[setting])
@@ -120,6 +128,9 @@ class _Search:
         whole = [self._estimate(s) for s in self.trials if self._whole(s) and s not in self.dropped]
         fit = [e for e in whole if meets(e, self.budget, self.rules)]
         return max(fit, key=lambda e: e.mean(self.budget.objective), default=None)
+
+    def _bound(self, estimate: Estimate) -> float:
+        return estimate.of(self.budget.metric, self.rules.confidence, self.rules.ahead).low
 
     def _whole(self, setting: Setting) -> bool:
         return len(self.trials.get(setting, ())) == len(self.prompts)

@@ -34,7 +34,7 @@ def test_a_preset_is_found_and_rendered_with(tune, tiny_wan, tmp_path, prompts, 
     out = capsys.readouterr()
     assert "this takes about" in out.out
     assert out.out.index("this takes about") < out.out.index("loop")
-    assert "in full, 2 steps, 1 prompts held back" in out.out
+    assert "in full, 2 steps, 1 held-back prompt:" in out.out
     assert "quantised products are left out" in out.err
     preset = tmp_path / "preset.json"
     setting = json.loads(preset.read_text())["provenance"]["setting"]

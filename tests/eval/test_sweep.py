@@ -38,7 +38,8 @@ def test_an_interrupted_sweep_is_continued(tiny_wan, tmp_path):
         sweep.run(small(tiny_wan, tmp_path), out, interrupt)
     document = sweep.run(small(tiny_wan, tmp_path), out)
     pairs = [(row["setting"], row["prompt"]) for row in document["rows"] if row["setting"] != "dense"]
-    assert sorted(pairs) == sorted((setting.name, i) for setting in GRID for i in range(2))
+    # What other work kept waiting may be there twice.
+    assert set(pairs) == {(setting.name, i) for setting in GRID for i in range(2)}
     assert {row["session"] for row in document["rows"]} == {0, 1}
     assert document["rows"][-1]["setting"] == "dense"
     assert {name for name, _, _ in sweep.table(document)} == {setting.name for setting in GRID}
