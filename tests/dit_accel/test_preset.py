@@ -9,7 +9,7 @@ from paro_plans import plan_file
 import dit_accel
 from dit_accel.errors import UsageError
 from dit_accel.layout import Layout
-from dit_accel.methods import GNA, AdaSpa, Clear, Paro, Pisa, Pyramid, Radial, Rectified, VMoBA
+from dit_accel.methods import GNA, AdaSpa, Paro, Pisa, Pyramid, Radial, Rectified, VMoBA
 from dit_accel.preset import Preset, read_preset, write_preset
 from dit_accel.processors import Processor, QuantProcessor
 from dit_accel.schedule import Schedule
@@ -27,7 +27,6 @@ SCHEDULE = Schedule(first=0.25, layers=frozenset({0, 2}), steps={3}, table={(1, 
         Processor(VMoBA(k=(1, 2, 0.5), chunks=(2, (2, 2), (2, 2, 2)))),
         Processor(Rectified()),
         Processor(Pyramid()),
-        Processor(Clear()),
         QuantProcessor("sage1"),
     ],
     ids=lambda processor: processor.name,
