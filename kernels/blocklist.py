@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .select import compact
+
 
 @dataclass(frozen=True, eq=False)
 class BlockList:
@@ -21,13 +23,13 @@ class BlockList:
 
     @classmethod
     def from_mask(cls, mask: Tensor, width: int | None = None) -> BlockList:
-        """From a bool mask (B1, H1, nq, nk). ``width`` fixes W; None takes the largest count (a host sync on GPU)."""
-        count = mask.sum(-1, dtype=torch.int32)
+        """From a bool mask (B1, H1, nq, nk). ``width`` fixes W.
+
+        None takes the largest count, on a GPU nk, since the count would have to be waited for.
+        """
         if width is None:
-            width = max(int(count.max()), 1)
-        hidden = (~mask).to(torch.uint8)
-        index = torch.argsort(hidden, dim=-1, stable=True)[..., :width]
-        return cls(count, index.to(torch.int32).contiguous())
+            width = mask.shape[-1] if mask.is_cuda else max(int(mask.sum(-1).max()), 1)
+        return cls(*compact(mask, width))
 
     @property
     def width(self) -> int:

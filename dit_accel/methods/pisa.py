@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from ..errors import UsageError
 from ..kernels import BlockList, Group
 from ..kernels.pooling import block_means, block_statistics
+from ..kernels.select import largest
 from ..layout import Grid, Layout
 from ..plans import Plan
 from ..schedule import Schedule
@@ -161,7 +162,7 @@ class Pisa(Method):
         if self.norm_bias:
             score = score + (_heads(pooled.norm, heads) + 1e-5).log()[:, :, None]
         score = score.masked_fill((pooled.count == 0)[:, :, None], -torch.inf)
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(count, -1, sorted=False).indices, True)
+        return largest(score, count)
 
 
 @dataclass(frozen=True, eq=False)

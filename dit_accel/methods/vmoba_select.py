@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import select
+
 SCOPES = ("query_head", "block", "overall", "head_global")
 # As released: similarities that span less than this are not stretched; weight added to every total.
 EPSILON = 1e-6
@@ -24,8 +26,7 @@ def topk(gate: Tensor, own: Tensor, valid: Tensor | None, scope: str, k: int) ->
     """
     score = _hidden(gate, valid).masked_fill(_live(own, valid), torch.inf)
     if scope == "query_head":
-        best = score.topk(min(k, gate.shape[-1]), -1).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True) & (score > -torch.inf)
+        return select.largest(score, k) & (score > -torch.inf)
     rows = _rows(score, scope)
     return _back(largest(rows, k * (rows == torch.inf).sum(-1)), gate, scope)
 

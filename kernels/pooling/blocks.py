@@ -1,4 +1,7 @@
-"""Means and first-order moments of consecutive blocks of tokens, in plain torch, a few blocks and heads at a time."""
+"""Means and first-order moments of consecutive blocks of tokens, in plain torch, a few blocks and heads at a time.
+
+On NVIDIA GPUs the kernels of ``pooling.triton`` compute the same.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..select.api import on_gpu
 
 # Elements of the largest temporary, unless a single block of one head is larger.
 CHUNK = 1 << 22
@@ -41,6 +46,10 @@ def block_means(
     int32 (B or 1, H or 1, R): 1 where ``live`` is None, and for heads where the order is shared.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if on_gpu(x.device) and dtype == torch.float32:
+        from . import triton
+
+        return triton.block_means(x, bounds, live=live, order=order)[::2]
     count = block_counts(bounds, live=live, order=order, device=x.device)
     means = x.new_empty((*x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
     for part in _parts(x.shape, bounds, live, order, x.device):
@@ -56,6 +65,10 @@ def block_spreads(
     Deviations (B, H, R, D) are per channel and from the block's own mean (Rectified SpaAttn, arXiv 2511.19835).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if on_gpu(x.device) and dtype == torch.float32:
+        from . import triton
+
+        return triton.block_means(x, bounds, live=live, order=order, spreads=True)
     count = block_counts(bounds, live=live, order=order, device=x.device)
     means, spreads = x.new_empty((2, *x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
     for part in _parts(x.shape, bounds, live, order, x.device):
@@ -91,6 +104,14 @@ def block_statistics(
     are larger than k and v, exist for a few blocks at a time, and only where their ``norms`` are asked for.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
+    if on_gpu(k.device) and dtype == torch.float32:
+        from . import triton
+
+        if triton.serves_moments(k, v):
+            key, value, count, moment, norm = triton.block_statistics(
+                k, v, bounds, live=live, order=order, norms=norms
+            )
+            return Statistics(key, value, count, moment, norm)
     b, h, _, d = k.shape
     blocks, dv = len(bounds) - 1, v.shape[-1]
     count = block_counts(bounds, live=live, order=order, device=k.device)
