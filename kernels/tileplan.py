@@ -77,6 +77,11 @@ class TilePlan:
         return not self.reps and self.first_order is None and self.row_scale is None and self.row_add is None
 
     @property
+    def gathers(self) -> bool:
+        """Whether the test of a partial tile reads a value per pair, not only per row and column."""
+        return self.gate is not None or (self.predicate is not None and self.predicate.band is not None)
+
+    @property
     def first_order_each(self) -> bool:
         """Whether each representative has a first-order matrix of its own."""
         return self.first_order is not None and self.first_order.ndim == 5

@@ -14,7 +14,10 @@ class Tuning:
     """Queries per program, keys per step in full, tested and gathered tiles, warps, and pipeline stages.
 
     ``tested``: partial tiles whose predicate reads one value per row and column. ``gathered``: partial tiles whose
-    test reads one value per pair (gate, band), which takes registers, so the step is shorter.
+    test reads one value per pair (gate, band), which takes registers, so the step is shorter. ``described``: keys per
+    step in full tiles that the copy engine fetches, which takes no registers for addresses; 0 where there is none.
+    ``persistent``: programs per multiprocessor that take blocks in turn, or 0 for a program per block, which the
+    hardware hands to whichever is free.
     """
 
     block_q: int
@@ -23,6 +26,8 @@ class Tuning:
     gathered: int
     warps: int
     stages: int
+    described: int = 0
+    persistent: int = 0
 
 
 # The second key is the largest head dim of the class. "small" are the architectures with about 100 KB of shared memory
@@ -35,12 +40,12 @@ TABLE: dict[tuple[str, int], Tuning] = {
     ("small", 64): Tuning(128, 64, 32, 16, 4, 3),
     ("small", 128): Tuning(128, 64, 32, 16, 8, 2),
     ("small", 256): Tuning(64, 32, 32, 32, 8, 2),
-    ("sm90", 64): Tuning(128, 128, 64, 64, 8, 3),
-    ("sm90", 128): Tuning(128, 128, 64, 16, 8, 3),
-    ("sm90", 256): Tuning(128, 64, 32, 16, 8, 2),
-    ("sm100", 64): Tuning(128, 128, 64, 64, 8, 3),
-    ("sm100", 128): Tuning(128, 128, 64, 16, 8, 3),
-    ("sm100", 256): Tuning(128, 64, 32, 16, 8, 2),
+    ("sm90", 64): Tuning(128, 64, 64, 64, 8, 3, described=128),
+    ("sm90", 128): Tuning(128, 64, 64, 16, 8, 3, described=128),
+    ("sm90", 256): Tuning(128, 64, 32, 16, 8, 2, described=64),
+    ("sm100", 64): Tuning(128, 64, 64, 64, 8, 3, described=128),
+    ("sm100", 128): Tuning(128, 64, 64, 16, 8, 3, described=128),
+    ("sm100", 256): Tuning(128, 64, 32, 16, 8, 2, described=64),
     ("float32", 64): Tuning(64, 32, 32, 32, 8, 2),
     ("float32", 128): Tuning(32, 32, 32, 16, 4, 2),
     ("float32", 256): Tuning(32, 16, 16, 16, 8, 2),
@@ -68,7 +73,8 @@ def tuning(capability: tuple[int, int] | None, dim: int, itemsize: int, tile_q: 
     block_q = fit(tile_q, entry.block_q)
     return replace(
         entry, block_q=block_q, full=fit(tile_k, entry.full), tested=fit(tile_k, entry.tested),
-        gathered=fit(tile_k, entry.gathered), warps=max(4, entry.warps * block_q // entry.block_q),
+        gathered=fit(tile_k, entry.gathered), described=entry.described and fit(tile_k, entry.described),
+        warps=max(4, entry.warps * block_q // entry.block_q),
     )  # fmt: skip
 
 

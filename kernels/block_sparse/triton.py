@@ -1,22 +1,29 @@
 """Block-sparse attention on NVIDIA GPUs: launches the Triton kernel over a TilePlan. Inference only.
 
 Reads q, k and v where they lie and in the caller's order: the plan's permutation happens while loading, and the
-output scatters itself. Import this module only where Triton is installed.
+output scatters itself; keys that are read often are copied into plan order first (``triton_order.copies``). Import this
+module only where Triton is installed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import autotune
 from ..blocklist import BlockList
 from ..predicate import Gate, Predicate
 from ..representatives import Group
 from ..tileplan import TilePlan
 from ..tuning import Tuning, tuning
+from . import triton_order
+from .schedule import row_order
 from .triton_kernel import forward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,13 +82,15 @@ def attention(
     scale: float,
     kv_valid: Tensor | None = None,
     return_lse: bool = False,
+    entry: Tuning | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over the plan's visible pairs.
 
     q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv) in the caller's order, any strides. ``kv_valid``: int32
     (B,), tokens from that index on are dead. Returns out (B, H, Nq, Dv) in q's dtype, laid out in memory as q is,
     and the natural-log LSE (B, H, Nq) float32 or None. A row without a visible key gives 0 and an LSE of -inf.
-    Raises ``NotImplementedError`` for head dims above 256.
+    ``entry``: other block sizes than the table's or those found for this GPU. Raises ``NotImplementedError`` for head
+    dims above 256.
     """
     dim = max(q.shape[-1], v.shape[-1])
     if dim > _MAX_DIM:
@@ -96,53 +105,136 @@ def attention(
     out = _empty_like(q, v.shape[-1], torch.float32 if interpreted() else q.dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     if out.numel():
-        entry = tuning_for(plan, q, dim, plan.tile_q, plan.tile_k)
-        blocks = plan.tiles_q * -(-plan.tile_q // entry.block_q)
+        entry = entry or tuned(plan, q, dim)
+        keys = keys_for(k, v, plan, entry, kv_valid=kv_valid)
         with torch.cuda.device_of(q):
-            forward[(blocks * q.shape[0] * q.shape[1],)](
-                *arguments(q, k, v, out, lse, plan, scale=scale, kv_valid=kv_valid),
-                **constants(q, k, v, out, plan, entry, bounded=kv_valid is not None),
+            forward[(programs(q, plan, entry),)](
+                *arguments(q, keys, out, lse, plan, entry, scale=scale, kv_valid=kv_valid),
+                **constants(q, keys, out, plan, entry, bounded=kv_valid is not None),
                 num_warps=entry.warps,
                 num_stages=entry.stages,
             )
     return out.to(q.dtype), lse
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values as the kernel reads them. ``in_order``: they lie in plan order, dead ones 0. ``described``: as
+    blocks of ``steps`` (full, partial) keys that the copy engine fetches."""
+
+    k: Tensor
+    v: Tensor
+    in_order: bool
+    described: bool
+    steps: tuple[int, int]
+
+    def tiles(self, partial: bool) -> tuple[TensorDescriptor | None, ...]:
+        """Descriptors of k and v in full and in partial blocks, in the kernel's order."""
+        wanted = ((x, step, on) for step, on in zip(self.steps, (True, partial), strict=True) for x in (self.k, self.v))
+        return tuple(_descriptor(x, step) if self.described and on else None for x, step, on in wanted)
+
+
+def keys_for(k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning, *, kv_valid: Tensor | None) -> Keys:
+    """k and v where they lie, or copied into plan order where that pays, read by the copy engine where it can."""
+    copied = triton_order.copies(plan, _heads_per_key(plan, k))
+    if copied:
+        k, v = triton_order.in_order(k, v, plan.kv_order, kv_valid)
+    return lying(k, v, plan, entry, in_order=copied, tests_live=kv_valid is not None or plan.tokens_k is not None)
+
+
+def lying(k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning, *, in_order: bool, tests_live: bool) -> Keys:
+    """How k and v are read where they lie. ``tests_live``: not every slot holds a live key."""
+    tested = entry.gathered if plan.gathers else entry.tested
+    # Rows that the engine fetches are all read: dead ones must be 0, and a block must not reach into another tile.
+    placed = in_order or (plan.kv_order is None and not tests_live)
+    whole = entry.described and not any(plan.tile_k % step for step in (entry.described, tested))
+    described = bool(whole and placed and _describable(k, v))
+    # Which slots are live is read per key, in registers that the longer step needs.
+    full = entry.full if not described else min(entry.described, entry.full) if tests_live else entry.described
+    return Keys(k, v, in_order, described, (full, tested))
+
+
+def programs(q: Tensor, plan: TilePlan, entry: Tuning) -> int:
+    """The grid: one program per block of queries, or as many as the chip holds at once (``entry.persistent``)."""
+    items = _items(q, plan, entry)
+    if not entry.persistent or interpreted():
+        return items
+    return min(items, entry.persistent * _processors(q.device))
+
+
 def arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: TilePlan, *, scale: float,
+    q: Tensor, keys: Keys, out: Tensor, lse: Tensor | None, plan: TilePlan, entry: Tuning, *, scale: float,
     kv_valid: Tensor | None,
 ) -> tuple:  # fmt: skip
     """The kernel's run-time arguments, in order."""
     predicate = plan.predicate if plan.partial is not None and plan.predicate is not None else Predicate()
+    k, v = keys.k, keys.v
     unit = _unit(q, k, v, out)
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    # Of keys in plan order, the order says which are live, where not all are.
+    placed = keys.in_order and kv_valid is None and plan.tokens_k is None
     return (
-        q, k, v, out, lse,
+        q, k, v, out, lse, *keys.tiles(plan.partial is not None),
         *(tuple(stride // unit for stride in x.stride()[:3]) for x in (q, k, v, out)),
-        list_arguments(plan.full), list_arguments(plan.partial), _order(plan.order), _order(plan.kv_order),
+        row_order(plan, q.shape[0], heads, groups),
+        list_arguments(plan.full), list_arguments(plan.partial),
+        _order(plan.order), None if placed else _order(plan.kv_order),
         *predicate_arguments(predicate), gate_arguments(plan.gate if plan.partial is not None else None),
-        tuple(group_arguments(group, q.shape[1]) for group in plan.reps) or None,
-        matrix_arguments(plan.first_order, q.shape[1]),
+        tuple(group_arguments(group, heads) for group in plan.reps) or None,
+        matrix_arguments(plan.first_order, heads),
         None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
-        plan.n_q, plan.n_k, plan.queries, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
+        plan.n_q, plan.n_k, plan.queries, heads, groups, _items(q, plan, entry), scale * math.log2(math.e),
     )  # fmt: skip
 
 
-def constants(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: TilePlan, entry: Tuning, *, bounded: bool
-) -> dict:  # fmt: skip
+def constants(q: Tensor, keys: Keys, out: Tensor, plan: TilePlan, entry: Tuning, *, bounded: bool) -> dict:
     """The kernel's compile-time arguments. ``bounded``: dead keys are possible."""
-    dim, dim_v = q.shape[-1], v.shape[-1]
-    step = entry.gathered if gathers(plan) else entry.tested
-    blocks = [entry.full] if plan.partial is None else [entry.full, step]
+    dim, dim_v = q.shape[-1], keys.v.shape[-1]
+    full, step = keys.steps
+    blocks = [full] if plan.partial is None else [full, step]
     cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
     return {
-        "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": entry.full, "PARTIAL": step,
-        "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)), "UNIT": _unit(q, k, v, out),
+        "TILE_Q": plan.tile_q, "TILE_K": plan.tile_k, "BLOCK_Q": entry.block_q, "FULL": full, "PARTIAL": step,
+        "D": dim, "DV": dim_v, "WIDTHS": (*widths(dim), *widths(dim_v)), "UNIT": _unit(q, keys.k, keys.v, out),
         "REPS": tuple(group.width for group in plan.reps), "REP_BLOCK": entry.tested,
         "BOUNDED": bool(bounded or cut or plan.tokens_k is not None), "TESTED": plan.predicate is not None,
-        "EMULATED": interpreted(),
+        "IN_ORDER": keys.in_order, "EMULATED": interpreted(),
     }  # fmt: skip
+
+
+def _items(q: Tensor, plan: TilePlan, entry: Tuning) -> int:
+    return plan.tiles_q * -(-plan.tile_q // entry.block_q) * q.shape[0] * q.shape[1]
+
+
+def _heads_per_key(plan: TilePlan, k: Tensor) -> int:
+    """Orders per head that share one key head."""
+    order = plan.kv_order
+    return order.shape[0] // k.shape[1] if order is not None and order.ndim == 2 else 1
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine can fetch blocks of rows of these: powers of two, all strides whole 16 bytes."""
+    return all(
+        widths(x.shape[-1]) == (x.shape[-1], 0)
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in _apart(x))
+        for x in tensors
+    )
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [*_apart(x), 1], [1, 1, rows, x.shape[-1]])
+
+
+def _apart(x: Tensor) -> list[int]:
+    """Strides of the first three dimensions; of one with a single entry any will do."""
+    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def widths(dim: int) -> tuple[int, int]:
@@ -163,8 +255,10 @@ def tuning_for(plan: TilePlan, q: Tensor, dim: int, tile_q: int, tile_k: int) ->
     return tuning(capability, dim, q.element_size(), tile_q, tile_k)
 
 
-def gathers(plan: TilePlan) -> bool:
-    return plan.gate is not None or (plan.predicate is not None and plan.predicate.band is not None)
+def tuned(plan: TilePlan, q: Tensor, dim: int) -> Tuning:
+    """What was found for this GPU and the plan's kind by ``kernels.autotune``, else the table's entry."""
+    found = None if interpreted() else autotune.found(plan, q, dim)
+    return found or tuning_for(plan, q, dim, plan.tile_q, plan.tile_k)
 
 
 def _empty_like(q: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

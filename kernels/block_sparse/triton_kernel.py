@@ -10,22 +10,25 @@ import triton.language as tl
 
 @triton.jit
 def forward(
-    q, k, v, out, lse,
+    q, k, v, out, lse, k_full, v_full, k_partial, v_partial,
     q_strides, k_strides, v_strides, out_strides,
-    full, partial, order, kv_order,
+    rows, full, partial, order, kv_order,
     box, disc, band, always, gate,
     reps, first_order, row_factors,
-    kv_valid, n_q, n_k, queries, heads, groups, scale,
+    kv_valid, n_q, n_k, queries, heads, groups, items, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr, UNIT: tl.constexpr,
     REPS: tl.constexpr, REP_BLOCK: tl.constexpr,
-    BOUNDED: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
+    BOUNDED: tl.constexpr, TESTED: tl.constexpr, IN_ORDER: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks x batch x heads,).
+    """Grid: any number of programs up to ``items`` (query blocks x batch x heads); each takes every grid-th of them.
 
     q, k, v, out: pointers with strides (batch, head, token) in units of UNIT elements, which tells the compiler how
     wide it may load where a head dim is no multiple of 16; the last dimension is contiguous. lse: float32
-    (batch, head, queries) contiguous, or None. full, partial: (count, index, count strides, index strides), strides
+    (batch, head, queries) contiguous, or None. k_full, v_full, k_partial, v_partial: the same keys and values as
+    tensor descriptors of (1, 1, FULL or PARTIAL, D or DV) blocks, read instead of k and v, or None; rows past their
+    end read as 0. rows: int32 (batch x head x query tile,), the order in which tiles are worked on, or None. full,
+    partial: (count, index, count strides, index strides), strides
     (batch, head, query tile). order, kv_order: (slot -> token or -1 for a hole, head stride). box: (lo, hi, coord);
     disc: (centre, coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row,
     k_col, strides (batch, head, row)). reps: per group (count, index, count strides, index strides, keys, values,
@@ -36,131 +39,148 @@ def forward(
     A plan's tile may hold several blocks. REPS: representatives per listed block, of each group. WIDTHS: D as a power
     of two plus a tail (0 for none), then DV likewise.
     BOUNDED: a key block may reach past its tile or its live keys. TESTED: cells of 1 in the gate go by the predicate.
+    IN_ORDER: k and v lie in plan order already, 0 for slots without a live key; kv_order then says which these are.
     """
     splits: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
-    blocks = tl.cdiv(n_q, TILE_Q) * splits
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = pid // blocks // heads
-    h = pid // blocks % heads
-    tile = block // splits
-    start = tile * TILE_Q + block % splits * BLOCK_Q
-    if start >= n_q:
-        return
+    # Triton 3.6 takes an entry of a compile-time tuple for a shape only by a name.
+    wide: tl.constexpr = WIDTHS[2]
+    tail: tl.constexpr = WIDTHS[3]
+    tiles = tl.cdiv(n_q, TILE_Q)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        row = item // splits
+        if rows is not None:
+            row = tl.load(rows + row)
+        tile = row % tiles
+        start = tile * TILE_Q + item % splits * BLOCK_Q
+        slot = start + tl.arange(0, BLOCK_Q)
+        live = slot < tl.minimum(tile * TILE_Q + TILE_Q, n_q)
+        # Offsets pass 2^31 elements on long videos with many heads.
+        b = (row // tiles // heads).to(tl.int64)
+        h = (row // tiles % heads).to(tl.int64)
+        kv = h // groups
+        token = slot.to(tl.int64)
+        if order is not None:
+            token = tl.load(order[0] + h * order[1] + slot, mask=live, other=-1)
+            live = live & (token >= 0)
+            token = tl.maximum(token, 0)
+        queries_at = q + (b * q_strides[0] + h * q_strides[1]) * UNIT
+        keys_at = k + (b * k_strides[0] + kv * k_strides[1]) * UNIT
+        values_at = v + (b * v_strides[0] + kv * v_strides[1]) * UNIT
+        query = load_rows(queries_at, token, q_strides[2] * UNIT, live, WIDTHS[0], 0, D, True, EMULATED)
+        query_tail = query
+        if WIDTHS[1]:
+            query_tail = load_rows(
+                queries_at, token, q_strides[2] * UNIT, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED
+            )
 
-    slot = start + tl.arange(0, BLOCK_Q)
-    live = slot < tl.minimum(tile * TILE_Q + TILE_Q, n_q)
-    token = slot.to(tl.int64)
-    if order is not None:
-        token = tl.load(order[0] + h.to(tl.int64) * order[1] + slot, mask=live, other=-1)
-        live = live & (token >= 0)
-        token = tl.maximum(token, 0)
-    # Offsets pass 2^31 elements on long videos with many heads.
-    b = b.to(tl.int64)
-    h = h.to(tl.int64)
-    q += (b * q_strides[0] + h * q_strides[1]) * UNIT
-    k += (b * k_strides[0] + (h // groups) * k_strides[1]) * UNIT
-    v += (b * v_strides[0] + (h // groups) * v_strides[1]) * UNIT
-    query = load_rows(q, token, q_strides[2] * UNIT, live, WIDTHS[0], 0, D, True, EMULATED)
-    query_tail = query
-    if WIDTHS[1]:
-        query_tail = load_rows(q, token, q_strides[2] * UNIT, live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
-
-    acc = tl.zeros((BLOCK_Q, WIDTHS[2]), tl.float32)
-    acc_tail = acc
-    if WIDTHS[3]:
-        acc_tail = tl.zeros((BLOCK_Q, WIDTHS[3]), tl.float32)
-    # Finite, so that a row without a visible key so far has weights exp2(-inf - top) = 0 instead of NaN.
-    top = tl.full((BLOCK_Q,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    valid = n_k
-    if kv_valid is not None:
-        valid = tl.minimum(tl.load(kv_valid + b).to(tl.int32), n_k)
-    if kv_order is not None:
-        kv_order = kv_order[0] + h * kv_order[1]
-
-    k_stride = k_strides[2] * UNIT
-    v_stride = v_strides[2] * UNIT
-
-    count = tl.load(full[0] + b * full[2][0] + h * full[2][1] + tile * full[2][2])
-    index = full[1] + b * full[3][0] + h * full[3][1] + tile.to(tl.int64) * full[3][2]
-    steps: tl.constexpr = (TILE_K + FULL - 1) // FULL
-    for i in range(count * steps):
-        first = tl.load(index + i // steps) * TILE_K
-        acc, acc_tail, top, total = _visit(
-            acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
-            None, None, None, None, None, b, h, slot, live, first + i % steps * FULL, first + TILE_K, valid, n_k, scale,
-            FULL, D, DV, WIDTHS, BOUNDED, False, False, EMULATED,
-        )  # fmt: skip
-    if partial is not None:
-        count = tl.load(partial[0] + b * partial[2][0] + h * partial[2][1] + tile * partial[2][2])
-        index = partial[1] + b * partial[3][0] + h * partial[3][1] + tile.to(tl.int64) * partial[3][2]
-        steps_partial: tl.constexpr = (TILE_K + PARTIAL - 1) // PARTIAL
-        for i in range(count * steps_partial):
-            first = tl.load(index + i // steps_partial) * TILE_K
-            acc, acc_tail, top, total = _visit(
-                acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
-                box, disc, band, always, gate, b, h, slot, live, first + i % steps_partial * PARTIAL, first + TILE_K,
-                valid, n_k, scale, PARTIAL, D, DV, WIDTHS, BOUNDED, True, TESTED, EMULATED,
-            )  # fmt: skip
-
-    mass = tl.zeros((BLOCK_Q,), tl.float32)
-    if reps is not None:
-        for g in tl.static_range(len(reps)):
-            part = reps[g]
-            count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2]) * REPS[g]
-            index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
-            head = h // part[7]
-            for i in range(tl.cdiv(count, REP_BLOCK)):
-                acc, acc_tail, top, total, mass = visit_representatives(
-                    acc, acc_tail, top, total, mass, query, query_tail, index,
-                    part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
-                    part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
-                    REPS[g], REP_BLOCK, D, DV, WIDTHS, first_order is not None, EMULATED,
-                )  # fmt: skip
-    if first_order is not None:
-        matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
-        # acc, total and mass share one running maximum, so the term joins before the division. A few columns of the
-        # queries at a time: a second accumulator would spill.
-        share = (mass * (scale * 0.6931471805599453))[:, None]
-        for row in range(0, D, 32):
-            column = row + tl.arange(0, 32)
-            slice_q = tl.load(
-                q + token[:, None] * (q_strides[2] * UNIT) + column[None, :],
-                mask=live[:, None] & (column < D)[None, :], other=0.0,
-            )  # fmt: skip
-            slice_q = slice_q.to(tl.float32) * share
-            acc = tl.dot(slice_q, load_block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
-            if WIDTHS[3]:
-                block = load_block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
-                acc_tail = tl.dot(slice_q, block, acc_tail, input_precision="tf32x3")
-
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    acc = acc / total[:, None]
-    if WIDTHS[3]:
-        acc_tail = acc_tail / total[:, None]
-    if row_factors is not None:
-        row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
-        factor = tl.load(row_factors[0] + row)
-        acc = acc * factor + load_columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
+        acc = tl.zeros((BLOCK_Q, wide), tl.float32)
+        acc_tail = acc
         if WIDTHS[3]:
-            acc_tail = acc_tail * factor + load_columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
-    out += (b * out_strides[0] + h * out_strides[1]) * UNIT
-    store_rows(out, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
-    if WIDTHS[3]:
-        store_rows(out, token, out_strides[2] * UNIT, live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
-    if lse is not None:
-        log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
-        tl.store(lse + (b * heads + h) * queries + token, log, mask=live)
+            acc_tail = tl.zeros((BLOCK_Q, tail), tl.float32)
+        # Finite, so that a row without a visible key so far has weights exp2(-inf - top) = 0 instead of NaN.
+        top = tl.full((BLOCK_Q,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        valid = n_k
+        if kv_valid is not None:
+            valid = tl.minimum(tl.load(kv_valid + b).to(tl.int32), n_k)
+        slots = kv_order
+        if kv_order is not None:
+            slots = kv_order[0] + h * kv_order[1]
+        k_stride = k_strides[2] * UNIT
+        v_stride = v_strides[2] * UNIT
+
+        index, count = _listed(full, b, h, tile, start < n_q)
+        steps: tl.constexpr = (TILE_K + FULL - 1) // FULL
+        following = tl.load(index)
+        for i in range(count * steps):
+            # The next entry is read a step ahead: the copy of its keys would wait for it.
+            first = following * TILE_K
+            following = tl.load(index + (i + 1) // steps, mask=i + 1 < count * steps, other=0)
+            acc, acc_tail, top, total = _visit(
+                acc, acc_tail, top, total, query, query_tail, keys_at, values_at, k_full, v_full, k_stride, v_stride,
+                slots, None, None, None, None, None, b, h, kv, slot, live, first + i % steps * FULL, first + TILE_K,
+                valid, n_k, scale, FULL, D, DV, WIDTHS, BOUNDED, False, False, IN_ORDER, EMULATED,
+            )  # fmt: skip
+        if partial is not None:
+            index, count = _listed(partial, b, h, tile, start < n_q)
+            steps_partial: tl.constexpr = (TILE_K + PARTIAL - 1) // PARTIAL
+            following = tl.load(index)
+            for i in range(count * steps_partial):
+                first = following * TILE_K
+                following = tl.load(index + (i + 1) // steps_partial, mask=i + 1 < count * steps_partial, other=0)
+                acc, acc_tail, top, total = _visit(
+                    acc, acc_tail, top, total, query, query_tail, keys_at, values_at, k_partial, v_partial,
+                    k_stride, v_stride, slots, box, disc, band, always, gate, b, h, kv, slot, live,
+                    first + i % steps_partial * PARTIAL, first + TILE_K, valid, n_k, scale,
+                    PARTIAL, D, DV, WIDTHS, BOUNDED, True, TESTED, IN_ORDER, EMULATED,
+                )  # fmt: skip
+
+        mass = tl.zeros((BLOCK_Q,), tl.float32)
+        if reps is not None:
+            for g in tl.static_range(len(reps)):
+                part = reps[g]
+                index, count = _listed(part, b, h, tile, start < n_q)
+                count = count * REPS[g]
+                head = h // part[7]
+                for i in range(tl.cdiv(count, REP_BLOCK)):
+                    acc, acc_tail, top, total, mass = visit_representatives(
+                        acc, acc_tail, top, total, mass, query, query_tail, index,
+                        part[4] + b * part[8][0] + head * part[8][1], part[5] + b * part[9][0] + head * part[9][1],
+                        part[6] + b * part[10][0] + h * part[10][1], i * REP_BLOCK, count, scale,
+                        REPS[g], REP_BLOCK, D, DV, WIDTHS, first_order is not None, EMULATED,
+                    )  # fmt: skip
+        if first_order is not None:
+            matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
+            # acc, total and mass share one running maximum, so the term joins before the division. A few columns of
+            # the queries at a time: a second accumulator would spill.
+            share = (mass * (scale * 0.6931471805599453))[:, None]
+            for line in range(0, D, 32):
+                column = line + tl.arange(0, 32)
+                slice_q = tl.load(
+                    queries_at + token[:, None] * (q_strides[2] * UNIT) + column[None, :],
+                    mask=live[:, None] & (column < D)[None, :], other=0.0,
+                )  # fmt: skip
+                slice_q = slice_q.to(tl.float32) * share
+                acc = tl.dot(slice_q, load_block(matrix, line, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+                if WIDTHS[3]:
+                    block = load_block(matrix, line, 32, WIDTHS[3], WIDTHS[2], D, DV)
+                    acc_tail = tl.dot(slice_q, block, acc_tail, input_precision="tf32x3")
+
+        empty = total == 0
+        total = tl.where(empty, 1.0, total)
+        acc = acc / total[:, None]
+        if WIDTHS[3]:
+            acc_tail = acc_tail / total[:, None]
+        if row_factors is not None:
+            factor = tl.load(row_factors[0] + row)
+            add = row_factors[1] + row.to(tl.int64) * DV
+            acc = acc * factor + load_columns(add, WIDTHS[2], 0, DV)[None, :]
+            if WIDTHS[3]:
+                acc_tail = acc_tail * factor + load_columns(add, WIDTHS[3], WIDTHS[2], DV)[None, :]
+        out_at = out + (b * out_strides[0] + h * out_strides[1]) * UNIT
+        store_rows(out_at, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
+        if WIDTHS[3]:
+            store_rows(out_at, token, out_strides[2] * UNIT, live, acc_tail, WIDTHS[3], WIDTHS[2], DV)
+        if lse is not None:
+            log = tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
+            tl.store(lse + (b * heads + h) * queries + token, log, mask=live)
+
+
+@triton.jit
+def _listed(part, b, h, tile, some):
+    """Where the entries of a query tile begin, and how many there are; none unless ``some``."""
+    count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2])
+    index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
+    return index, tl.where(some, count, 0)
 
 
 @triton.jit
 def _visit(
-    acc, acc_tail, top, total, query, query_tail, k, v, k_stride, v_stride, kv_order,
-    box, disc, band, always, gate, b, h, q_slot, q_live, start, stop, valid, n_k, scale,
+    acc, acc_tail, top, total, query, query_tail, k, v, k_tile, v_tile, k_stride, v_stride, kv_order,
+    box, disc, band, always, gate, b, h, kv, q_slot, q_live, start, stop, valid, n_k, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr,
-    BOUNDED: tl.constexpr, PARTIAL: tl.constexpr, TESTED: tl.constexpr, EMULATED: tl.constexpr,
+    BOUNDED: tl.constexpr, PARTIAL: tl.constexpr, TESTED: tl.constexpr, IN_ORDER: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the keys of slots start .. min(start + BLOCK, stop), of which tokens below ``valid`` live."""
     lane = tl.arange(0, BLOCK)
@@ -168,20 +188,22 @@ def _visit(
     stop = tl.minimum(stop, n_k)
     live = slot < stop
     cut = start + BLOCK > stop
+    # The block's origin is a scalar, so the per-lane offsets stay loop-invariant.
+    token = lane.to(tl.int64)
     if kv_order is not None:
-        token = tl.load(kv_order + slot, mask=live, other=-1)
-        live = live & (token >= 0) & (token < valid)
-        token = tl.maximum(token, 0)
+        place = tl.load(kv_order + slot, mask=live, other=-1)
+        live = live & (place >= 0) & (place < valid)
         cut = cut | (valid < n_k)
+        if not IN_ORDER:
+            token = tl.maximum(place, 0)
     else:
         live = slot < tl.minimum(stop, valid)
         cut = cut | (start + BLOCK > valid)
-        # The block's origin is a scalar, so the per-lane offsets stay loop-invariant.
-        token = lane.to(tl.int64)
+    if kv_order is None or IN_ORDER:
         k += start.to(tl.int64) * k_stride
         v += start.to(tl.int64) * v_stride
 
-    keys = load_rows(k, token, k_stride, live, WIDTHS[0], 0, D, BOUNDED, EMULATED)
+    keys = _load(k, k_tile, b, kv, start, token, k_stride, live, BLOCK, WIDTHS[0], D, BOUNDED, EMULATED)
     score = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if WIDTHS[1]:
         keys_tail = load_rows(k, token, k_stride, live, WIDTHS[1], WIDTHS[0], D, BOUNDED, EMULATED)
@@ -199,7 +221,7 @@ def _visit(
     weight = tl.exp2(score * scale - top_new[:, None])
     fade = tl.exp2(top - top_new)
     total = total * fade + tl.sum(weight, 1)
-    values = load_rows(v, token, v_stride, live, WIDTHS[2], 0, DV, BOUNDED, EMULATED)
+    values = _load(v, v_tile, b, kv, start, token, v_stride, live, BLOCK, WIDTHS[2], DV, BOUNDED, EMULATED)
     weight = weight.to(values.dtype)
     acc = tl.dot(weight, values, acc * fade[:, None], input_precision="ieee")
     if WIDTHS[3]:
@@ -208,6 +230,20 @@ def _visit(
     else:
         acc_tail = acc
     return acc, acc_tail, top_new, total
+
+
+@triton.jit
+def _load(
+    base, tile, b, head, start, token, stride, live, BLOCK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    BOUNDED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, WIDTH): a block by its descriptor where there is one, else row by row."""
+    if tile is not None:
+        x = tl.reshape(tile.load([b.to(tl.int32), head.to(tl.int32), start, 0]), (BLOCK, WIDTH))
+        x = x.to(tl.float32) if EMULATED else x
+    else:
+        x = load_rows(base, token, stride, live, WIDTH, 0, D, BOUNDED, EMULATED)
+    return x
 
 
 @triton.jit

@@ -68,7 +68,9 @@ def values_for(v: Tensor) -> Tensor:
 def tuned(q: Tensor, x: Operands, plan: TilePlan, recipe: Recipe) -> Tuning:
     """The tuning entry of the 16-bit kernel, its blocks of keys long enough and, for FP16 sums, short enough."""
     entry = plain.tuning_for(plan, q.half() if q.dtype == torch.float32 else q, q.shape[-1], plan.tile_q, plan.tile_k)
-    blocks = {name: max(SHORTEST, getattr(entry, name)) for name in ("full", "tested", "gathered")}
+    full = entry.described or entry.full  # 8-bit keys take half the registers of what the table is for
+    blocks = {"full": full, "tested": entry.tested, "gathered": entry.gathered}
+    blocks = {name: max(SHORTEST, block) for name, block in blocks.items()}
     if recipe.narrow:
         blocks = {name: min(FP16_CHAIN, block) for name, block in blocks.items()}
     return replace(entry, **blocks)
@@ -99,7 +101,7 @@ def arguments(
 
 def constants(x: Operands, v: Tensor, plan: TilePlan, recipe: Recipe, entry: Tuning, *, bounded: bool) -> dict:
     """The kernel's compile-time arguments. ``bounded``: some keys are dead."""
-    step = entry.gathered if plain.gathers(plan) else entry.tested
+    step = entry.gathered if plan.gathers else entry.tested
     blocks = [entry.full] if plan.partial is None else [entry.full, step]
     cut = any(plan.tile_k % block or plan.n_k % block for block in blocks)
     dim, dim_v = x.q.shape[-1], v.shape[-1]

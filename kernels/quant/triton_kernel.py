@@ -42,6 +42,9 @@ def forward(
     by, "static", "tile" or "row" of the block of keys; LIMIT: the code of that unit. NARROW: FP16 sums within a block.
     """
     splits: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    # Triton 3.6 takes an entry of a compile-time tuple for a shape only by a name.
+    wide: tl.constexpr = WIDTHS[2]
+    tail: tl.constexpr = WIDTHS[3]
     blocks = tl.cdiv(n_q, TILE_Q) * splits
     pid = tl.program_id(0)
     block = pid % blocks
@@ -71,10 +74,10 @@ def forward(
     if alive is not None:
         alive = alive[0] + b * alive[1][0] + h * alive[1][1]
 
-    acc = tl.zeros((BLOCK_Q, WIDTHS[2]), tl.float32)
+    acc = tl.zeros((BLOCK_Q, wide), tl.float32)
     acc_tail = acc
     if WIDTHS[3]:
-        acc_tail = tl.zeros((BLOCK_Q, WIDTHS[3]), tl.float32)
+        acc_tail = tl.zeros((BLOCK_Q, tail), tl.float32)
     # Finite, so that a row without a visible key so far has weights exp2(-inf - top) = 0 instead of NaN.
     top = tl.full((BLOCK_Q,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)

@@ -7,11 +7,12 @@ import represented
 import torch
 
 from dit_accel.kernels import BlockList, TilePlan, tuning
-from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex, schedule, triton_order
 from dit_accel.kernels.block_sparse import triton as tier
 from dit_accel.lowering import lower
 
 SMALL = tuning.Tuning(block_q=32, full=32, tested=16, gathered=16, warps=4, stages=1)
+DESCRIBED = replace(SMALL, described=32)
 GUARD = 64
 
 CASES = {
@@ -85,6 +86,89 @@ def run(case, **changes):
 def test_features(make_case, name):
     case = make_case(seed=len(name), **CASES[name])
     case.check(*run(case))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The keys of every launch: how they were read."""
+    seen = []
+    plain = tier.keys_for
+    monkeypatch.setattr(tier, "keys_for", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
+    return seen
+
+
+# Cases whose keys lie as the copy engine needs them, and one for each reason why they do not.
+BY_TILE = {"full-per-sample": True, "box2-always": True, "gqa": True, "gate-batch": True, "order": True, "exact": True}
+BY_ROW = {"tile-odd": False, "alive": False, "kv-order": False}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", [*BY_TILE, *BY_ROW])
+def test_blocks_by_descriptor(make_case, launches, monkeypatch, name):
+    monkeypatch.setattr(tuning, "EMULATED", DESCRIBED)
+    case = make_case(seed=len(name), **CASES[name])
+    case.check(*run(case))
+    assert launches[0].described == (BY_TILE | BY_ROW)[name]
+
+
+def test_16_bit_blocks_by_descriptor(make_case, launches, monkeypatch):
+    monkeypatch.setattr(tuning, "EMULATED", DESCRIBED)
+    for dtype in (torch.float16, torch.bfloat16):
+        case = make_case(seed=2, dtype=dtype, dim=32, bshd=True, predicate="box1")
+        case.check(*run(case))
+    assert all(keys.described for keys in launches)
+    # 24 channels are no power of two, and rows of 20 bytes are no whole 16.
+    for dim in (24, 10):
+        run(make_case(dtype=torch.float16, dim=dim))
+    assert not any(keys.described for keys in launches[2:])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("entry", [SMALL, DESCRIBED], ids=["rows", "tiles"])
+@pytest.mark.parametrize("name", ["kv-order", "alive-order", "order-heads"])
+def test_keys_copied_into_plan_order(make_case, launches, monkeypatch, name, entry):
+    """The same result whether keys are found while loading or copied first; the copy holds 0 for dead ones."""
+    monkeypatch.setattr(tuning, "EMULATED", entry)
+    case = make_case(seed=len(name), **{**CASES[name], "kv_heads": 2})
+    found, lse = run(case)
+    monkeypatch.setattr(triton_order, "COPY_FROM", 0)
+    out, lse_copied = run(case)
+    assert [keys.in_order for keys in launches] == [False, True]
+    assert launches[1].described == bool(entry.described)
+    case.check(out, lse_copied)
+    assert torch.equal(out, found)
+    assert torch.equal(lse, lse_copied)
+    order, keys = case.plan.kv_order, launches[1]
+    for h in range(2):
+        token = order if order.ndim == 1 else order[h]
+        for b in range(len(case.k)):
+            dead = token >= (token.numel() if case.kv_valid is None else case.kv_valid[b])
+            assert torch.equal(keys.k[b, h], case.k[b, h, token].masked_fill(dead[:, None], 0))
+            assert torch.equal(keys.v[b, h], case.v[b, h, token].masked_fill(dead[:, None], 0))
+
+
+def test_shared_keys_of_heads_with_orders_of_their_own_are_not_copied(make_case, launches, monkeypatch):
+    monkeypatch.setattr(triton_order, "COPY_FROM", 0)
+    run(make_case(**CASES["order-heads"]))
+    assert not launches[0].in_order
+
+
+@pytest.mark.usefixtures("poisoned", "blocks")
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_any_number_of_programs_in_any_order_of_rows(make_case, monkeypatch, programs):
+    case = make_case(seed=9, b=2, heads=3, predicate="box1", per_sample=True, alive=[50, 70])
+    expected, lse = run(case)
+    plan = replace(case.plan, kept=True, _memo={})
+    rows = schedule.row_order(plan, 2, 3, 1)
+    assert rows is not None
+    assert rows.tolist() != list(range(len(rows)))
+    plain = tier.programs
+    monkeypatch.setattr(tier, "programs", lambda *a: min(programs, plain(*a)))
+    out, again = tier.attention(
+        case.q, case.k, case.v, plan, scale=case.scale, kv_valid=case.kv_valid, return_lse=True
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, again)
 
 
 @pytest.mark.usefixtures("poisoned")

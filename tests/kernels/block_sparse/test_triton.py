@@ -13,7 +13,8 @@ import torch
 from dit_accel.kernels import BlockList, TilePlan, tuning
 from dit_accel.kernels.block_sparse import choose
 
-SUITE = Path(__file__).with_name("interpreter_suite.py")
+HERE = Path(__file__).parent
+SUITES = [folder / "interpreter_suite.py" for folder in (HERE, HERE.parent / "select", HERE.parent / "pooling")]
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -50,13 +51,14 @@ def on_gpu(monkeypatch):
 def test_interpreter_suite():
     """Triton decides on import whether it interprets, so the suite runs in a process with the variable set."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-Werror::RuntimeWarning"]
+    suites = [str(suite) for suite in SUITES]
+    command = [sys.executable, "-m", "pytest", *suites, "-q", "-p", "no:cacheprovider", "-Werror::RuntimeWarning"]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[3], timeout=1500, check=False
+        command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2], timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 80
+    assert passed > 150
     assert "skipped" not in done.stdout
 
 
