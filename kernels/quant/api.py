@@ -43,12 +43,14 @@ def quantized_attention(
     live_q, live_k = _filled(plan.order, plan.tokens_q), _filled(plan.kv_order, plan.tokens_k)
     if alive is not None:
         live_k = alive if live_k is None else alive & live_k
-    operands = prepare(q, k, v, recipe, scale=scale, live_q=live_q, live_k=live_k)
+    how = {"scale": scale, "live_q": live_q, "live_k": live_k}
     if tier == "quant-triton":
-        from . import triton
+        from . import triton, triton_quantisers
 
+        operands = triton_quantisers.prepare(q, k, v, recipe, **how)
         found = triton.attention(q, operands, plan, recipe, scale=scale, live=live_k, return_lse=return_lse)
     else:
+        operands = prepare(q, k, v, recipe, **how)
         found = reference.attention(q, operands, plan, recipe, scale=scale, alive=alive)
     out, lse = in_token_order(*found, plan)
     return out, lse if return_lse else None

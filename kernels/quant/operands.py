@@ -63,7 +63,7 @@ def prepare(
         q_scale = torch.full(q.shape[:3], scale * log2e, dtype=torch.float32, device=q.device)
         k_scale = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
     else:
-        four_q, four_k = _four(recipe, q.shape[1], q.device), _four(recipe, k.shape[1], k.device)
+        four_q, four_k = four_bits(recipe, q.shape[1], q.device), four_bits(recipe, k.shape[1], k.device)
         q, k = q.float(), k.float()
         if recipe.smooth_k:
             k_mean = smooth.mean(k, live_k)
@@ -111,7 +111,7 @@ def _by_token(x: Tensor, recipe: Recipe, four: Tensor | None, **group) -> tuple[
     return codes, scales[..., index]
 
 
-def _four(recipe: Recipe, heads: int, device: torch.device) -> Tensor | None:
+def four_bits(recipe: Recipe, heads: int, device: torch.device) -> Tensor | None:
     """bool (heads,): which of them have 4 bits; a key head only where all query heads that share it do."""
     if recipe.head_bits is None:
         return None

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..block_sparse import gather
 from ..tileplan import TilePlan
@@ -56,12 +55,18 @@ def rows(
         return gather.repeat_heads(gather.pick_slots(table, slots, shared, groups), heads, groups)
 
     query = q[:, :, inside].float()
-    score = (x.q[:, :, inside].float() @ seen(x.k).mT) * x.q_scale[:, :, inside, None] * seen(x.k_scale[..., None]).mT
+    # In place from here on: a new table of logits costs more than the arithmetic on it.
+    score = x.q[:, :, inside].float() @ seen(x.k).mT
+    score *= x.q_scale[:, :, inside, None]
+    score *= seen(x.k_scale[..., None]).mT
     if x.q_mean is not None:
         block = torch.arange(inside.start, inside.stop, device=q.device) // recipe.block_q
         means = x.q_mean[:, :, inside.start // recipe.block_q : (inside.stop - 1) // recipe.block_q + 1]
-        score = score + (means @ seen(x.k_smooth).mT * (scale * LOG2E))[:, :, block - inside.start // recipe.block_q]
-    score = score.masked_fill(~live, -torch.inf).unflatten(-1, (-1, plan.tile_k))
+        extra = means @ seen(x.k_smooth).mT * (scale * LOG2E)
+        score += extra if extra.shape[2] == 1 else extra[:, :, block - inside.start // recipe.block_q]
+    if not live.all():
+        score.masked_fill_(~live, -torch.inf)
+    score = score.unflatten(-1, (-1, plan.tile_k))
     pooled = [gather.represented(query, group, tile, scale) for group in plan.reps]
     logits = torch.cat([score.new_empty((*score.shape[:3], 0)), *(part * LOG2E for part, _ in pooled)], -1)
 
@@ -71,7 +76,7 @@ def rows(
         return query.new_zeros((*query.shape[:3], x.v.shape[-1])), query.new_full(query.shape[:3], -torch.inf)
     last = torch.cat([peaks, logits], -1).amax(-1, keepdim=True).clamp_min(LOWEST)
     top = peaks.cummax(-1).values.clamp_min(LOWEST) if peaks.shape[-1] else peaks
-    weight, fade = torch.exp2(score - top[..., None]), torch.exp2(top - last)
+    weight, fade = score.sub_(top[..., None]).exp2_(), torch.exp2(top - last)
     total = (weight.sum(-1) * fade).sum(-1, keepdim=True)
     out = _product(weight, fade, seen(x.v), recipe)
     if x.v_scale is not None:
@@ -100,23 +105,26 @@ def rows(
 
 
 def _product(weight: Tensor, fade: Tensor, values: Tensor, recipe: Recipe) -> Tensor:
-    """P @ V as the recipe rounds it: weight (B, H, R, T, K) of T tiles, fade (B, H, R, T), values (B, H, T K, Dv)."""
-    fade = fade[..., None]
+    """P @ V as the recipe rounds it, summed tile by tile (B, H, R, Dv); it overwrites ``weight`` (B, H, R, T, K) of T
+    tiles. ``fade``: (B, H, R, T), ``values``: (B, H, T K, Dv)."""
     if recipe.pv in LIMIT:
         unit = {
             "static": lambda: torch.ones_like(fade),
-            "row": lambda: weight.amax(-1, keepdim=True),
-            "tile": lambda: weight.amax((2, 4), keepdim=True),
+            "row": lambda: weight.amax(-1),
+            "tile": lambda: weight.amax((2, 4))[:, :, None].expand_as(fade),
         }[recipe.p_scale]()
         unit = unit.masked_fill(unit == 0, 1) / LIMIT[recipe.pv]
-        weight, fade = ROUND[recipe.pv](weight / unit), fade * unit
+        weight, fade = ROUND[recipe.pv](weight.div_(unit[..., None])), fade * unit
     elif recipe.pv == "fp16":
         weight = weight.half().float()
-    if not recipe.narrow:
-        return (weight * fade).flatten(-2) @ values
-    values = values.unflatten(2, weight.shape[-2:])
-    chain = min(weight.shape[-1], FP16_CHAIN)
-    rest = -weight.shape[-1] % chain
-    weight = pad(weight, (0, rest)).unflatten(-1, (-1, chain)).movedim(2, -2)
-    values = pad(values, (0, 0, 0, rest)).unflatten(3, (-1, chain))
-    return ((weight @ values).half().float() * fade.movedim(2, 3)[:, :, :, None]).sum((2, 3))
+    size = weight.shape[-1]
+    chain = min(size, FP16_CHAIN) if recipe.narrow else size
+    out = weight.new_zeros((*weight.shape[:3], values.shape[-1]))
+    for tile in range(weight.shape[3]):
+        for start in range(0, size, chain):
+            inside = slice(start, min(start + chain, size))
+            part = weight[:, :, :, tile, inside] @ values[:, :, tile * size + inside.start : tile * size + inside.stop]
+            if recipe.narrow:
+                part = part.half().float()
+            out.addcmul_(part, fade[..., tile, None])
+    return out

@@ -60,6 +60,8 @@ def values_for(v: Tensor) -> Tensor:
     """8-bit values with the tokens of a channel side by side, as 8-bit matrix instructions read them."""
     if v.element_size() > 1:
         return v.contiguous()
+    if v.stride(2) == 1 and v.stride(3) % 16 == 0:
+        return v
     b, h, n, d = v.shape
     lying = v.new_empty((b, h, d, -(-n // 16) * 16))[..., :n]
     return lying.copy_(v.mT).mT
@@ -88,7 +90,7 @@ def arguments(
         raw = q, q.stride()[:3]
     return (
         codes, k, v, out, lse, x.q_scale.contiguous(), x.k_scale.contiguous(), _flat(x.v_scale), _flat(x.v_mean),
-        _delta(x, scale), _alive(live), raw,
+        _delta(x, scale), alive_arguments(live), raw,
         codes.stride()[:3], k.stride()[:3], v.stride(), out.stride()[:3],
         plain.list_arguments(plan.full), plain.list_arguments(plan.partial), *plain.predicate_arguments(predicate),
         plain.gate_arguments(plan.gate if plan.partial is not None else None),
@@ -133,7 +135,8 @@ def _delta(x: Operands, scale: float) -> tuple | None:
     return table.contiguous(), table.stride()[:2]
 
 
-def _alive(live: Tensor | None) -> tuple | None:
+def alive_arguments(live: Tensor | None) -> tuple | None:
+    """A mask (B or 1, H or 1, N) as kernels take it: bytes, and strides (batch, head) that are 0 where it is shared."""
     if live is None:
         return None
     live = live.contiguous().view(torch.uint8)
