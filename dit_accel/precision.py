@@ -11,6 +11,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,15 +54,16 @@ class Precision:
         flat = [bits for row in self.bits for layer in row for bits in layer]
         return {bits: flat.count(bits) / len(flat) for bits in (4, 8, 16)}
 
-    def write(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps({"format": FORMAT, "bits": self.bits}) + "\n")
+    def write(self, path: str | Path, record: dict[str, Any] | None = None) -> None:
+        """``record``: what the table was made from, kept beside it."""
+        Path(path).write_text(json.dumps({"format": FORMAT, "bits": self.bits, "record": record or {}}) + "\n")
 
 
 def read_precision(path: str | Path) -> Precision:
     """The table of a file. Raises ``UsageError`` for one that is missing or none."""
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"no precision file {str(path)!r}; Measured.assign(...).write(path) makes one")
+        raise UsageError(f"no precision file {str(path)!r}; `dit-accel calibrate precision -o {path}` makes one")
     return _read(str(file), file.stat().st_mtime_ns)
 
 
@@ -142,8 +144,7 @@ class Measured:
 
     def assign(self, frac_8bit: float = 0.5) -> Precision:
         """The table: at least ``frac_8bit`` of all (bin, layer, head) at 8 bits or more, more where the bounds ask."""
-        if not 0 <= frac_8bit <= 1:
-            raise UsageError(f"frac_8bit lies in [0, 1]; got {frac_8bit}")
+        check_share(frac_8bit)
         cosine, lost = self.errors()
         bad = (cosine < COSINE) | (lost > REL_L1)
         eight = bad[0].clone()
@@ -153,11 +154,28 @@ class Measured:
         bits[bad[1].any(-1)] = 16
         return Precision(tuple(tuple(tuple(layer) for layer in row) for row in bits.tolist()))
 
+    def record(self) -> dict[str, Any]:
+        """:meth:`errors` as plain JSON values: by bits, then by bin, layer and head."""
+        cosine, lost = (error.tolist() for error in self.errors())
+        return {
+            bits: {"cosine": _rounded(cosine[at]), "rel_l1": _rounded(lost[at])} for at, bits in enumerate(("4", "8"))
+        }
+
     def _rows(self, n: int) -> Tensor:
         size = min(self.quant.block_q, n)
         picked = torch.randperm(-(-n // size), generator=self._generator)[: self.blocks]
         rows = (picked[:, None] * size + torch.arange(size)).flatten()
         return rows[rows < n]
+
+
+def check_share(frac_8bit: float) -> None:
+    """Raise ``UsageError`` for a budget that is no share."""
+    if not 0 <= frac_8bit <= 1:
+        raise UsageError(f"frac_8bit lies in [0, 1]; got {frac_8bit}")
+
+
+def _rounded(table: Any) -> Any:
+    return [_rounded(one) for one in table] if isinstance(table, list) else float(f"{table:.6g}")
 
 
 def _whole(n_q: int, n_k: int, device: torch.device) -> TilePlan:

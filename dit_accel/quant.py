@@ -126,18 +126,24 @@ PRESETS: dict[str, Callable[[], Quant]] = {
     "sage2pp": Quant.sage2pp,
 }
 AUTO = "auto"
+PRECISION_SUFFIX = ".json"
 
 
 def parse_quant(value: Quant | str | None) -> Quant | str | None:
-    """A Quant, a preset's name or None as a Quant, ``"auto"`` or None. Raises ``UsageError`` for anything else."""
+    """A Quant, a preset's name, a precision file or None as a Quant, ``"auto"`` or None. Raises ``UsageError`` else."""
     if value is None or value == AUTO or isinstance(value, Quant):
         return value
     if value in PRESETS:
         return PRESETS[value]()
+    if isinstance(value, str) and value.endswith(PRECISION_SUFFIX):
+        return replace(Quant.sage2(bits=4), plan_file=value)
     names = [AUTO, *PRESETS]
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise UsageError(f"quant {value!r} is unknown{hint} Give a dit_accel.Quant or one of {', '.join(names)}")
+    raise UsageError(
+        f"quant {value!r} is unknown{hint} Give a dit_accel.Quant, a precision file (*.json) or "
+        f"one of {', '.join(names)}"
+    )
 
 
 def quant_name(value: Quant | str | None) -> str:

@@ -48,29 +48,16 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class CalibrationJob:
-    """What to calibrate. ``None`` takes the model's own default.
+class DenseRuns:
+    """The dense renders that a calibration watches. ``None`` takes the model's own default.
 
-    ``out``: the plan file. ``prompts``: one or two do; without any, two built-in ones. ``density``: kept fraction.
-    ``bins``: timestep bins with a map each (released: 10 for CogVideoX, 4 for Wan). ``metric``, ``alpha``,
-    ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``budget``: what
-    meets the density, every ``"layer"`` or the ``"model"`` in the mean. ``rows``: fraction of query rows looked at.
-    ``orders_first``: choose the orders in runs of their own, a sixth of the memory and twice the time; None does so
-    where memory is short. ``size``: (width, height) in pixels, as the plan will be used with.
+    ``out``: the file to write. ``prompts``: one or two do; without any, two built-in ones. ``size``: (width, height) in
+    pixels, as what is calibrated will be used with.
     """
 
     out: Path
     prompts: tuple[Prompt, ...] = ()
     model: str | None = None
-    density: float = 0.5
-    bins: int = 4
-    metric: str = "mass"
-    alpha: float = 1.0
-    maximize_sparse: bool = False
-    budget: str = "layer"
-    block_size: int = 64
-    rows: float = 1.0
-    orders_first: bool | None = None
     steps: int | None = None
     guidance: float | None = None
     negative: str | None = None
@@ -83,6 +70,28 @@ class CalibrationJob:
     dtype: str = "auto"
     offload: bool = False
     backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class CalibrationJob(DenseRuns):
+    """A PARO plan to calibrate. ``density``: kept fraction.
+
+    ``bins``: timestep bins with a map each (released: 10 for CogVideoX, 4 for Wan). ``metric``, ``alpha``,
+    ``maximize_sparse``: how orders are chosen, see :func:`~dit_accel.methods.paro_calibration.costs`. ``budget``: what
+    meets the density, every ``"layer"`` or the ``"model"`` in the mean. ``rows``: fraction of query rows looked at.
+    ``orders_first``: choose the orders in runs of their own, a sixth of the memory and twice the time; None does so
+    where memory is short.
+    """
+
+    density: float = 0.5
+    bins: int = 4
+    metric: str = "mass"
+    alpha: float = 1.0
+    maximize_sparse: bool = False
+    budget: str = "layer"
+    block_size: int = 64
+    rows: float = 1.0
+    orders_first: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,7 @@ def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progr
     """
     tell = listen or (lambda event, data: None)
     _check(job)
-    device = pick_device(job.device)
-    dtype = pick_dtype(job.dtype, device)
-    info = inspect_model(job.model, image=job.image is not None or any(p.image for p in job.prompts))
-    shots = plan_shots(job, info)
-    tell("loading", {"model": info.name, "device": str(device)})
-    pipe = load(info, dtype=dtype, device=str(device), options=LoadOptions(offload="model" if job.offload else None))
+    pipe, info, shots = prepare(job, tell)
     first = _orders_first(job, pipe, info, shots[0])
     started = time.perf_counter()
     run = {"backend": job.backend, "tell": tell, "progress": progress}
@@ -159,7 +163,18 @@ def calibrate_paro(job: CalibrationJob, *, listen: Listener | None = None, progr
     return Outcome(job.out, header, tuple(layers), seconds)
 
 
-def plan_shots(job: CalibrationJob, info: ModelInfo) -> list[Shot]:
+def prepare(job: DenseRuns, tell: Listener) -> tuple[Any, ModelInfo, list[Shot]]:
+    """The loaded pipeline of a job, its model, and its renders."""
+    device = pick_device(job.device)
+    dtype = pick_dtype(job.dtype, device)
+    info = inspect_model(job.model, image=job.image is not None or any(p.image for p in job.prompts))
+    shots = plan_shots(job, info)
+    tell("loading", {"model": info.name, "device": str(device)})
+    options = LoadOptions(offload="model" if job.offload else None)
+    return load(info, dtype=dtype, device=str(device), options=options), info, shots
+
+
+def plan_shots(job: DenseRuns, info: ModelInfo) -> list[Shot]:
     """The dense renders of a job. Raises ``UsageError`` where prompts ask for different sizes or step counts."""
     prompts = job.prompts or default_prompts(info)
     same = {name: getattr(job, name) for name in _SAME}
@@ -250,6 +265,11 @@ def _check(job: CalibrationJob) -> None:
     check_budget(job.budget)
     check_metric(job.metric, job.alpha, detail=True)
     _statistics(job)
+    check_out(job)
+
+
+def check_out(job: DenseRuns) -> None:
+    """Raise ``UsageError`` where the file cannot be written."""
     if not job.out.parent.is_dir():
         raise UsageError(f"-o {job.out}: there is no folder {job.out.parent}; create it, or give another -o")
     if job.out.exists() and not job.overwrite:

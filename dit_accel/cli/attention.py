@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dense-steps", metavar="N|F", help="leading steps left dense, a count or a fraction (default: 0.25)")
     add("--dense-layers", metavar="N|I,J", help="leading layers left dense, or a list of layer indices (default: 0)")
     add("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; repeatable")
-    add("--quant", metavar="NAME", help="quantised products: auto, sage1, sage2, sage2-int4, sage2pp (default: none)")
+    add(
+        "--quant", metavar="NAME|FILE",
+        help="quantised products: auto, sage1, sage2, sage2-int4, sage2pp, or a precision file (default: none)",
+    )  # fmt: skip
     add("--preset", metavar="FILE", help="all of this as `dit-accel tune` found it, but --backend")
     add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
 

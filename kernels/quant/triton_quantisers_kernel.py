@@ -151,6 +151,7 @@ def tokens(
         each = tl.div_rn(largest, tl.max(limit, 0) + tl.zeros((SLOTS,), tl.float32)) + 1e-7
         tl.store(scales + row * total + block * GROUPS + number, each, mask=number < GROUPS)
         scale = tl.sum(tl.where(own, each[None, :], 0.0), 1)
+    scale = tl.where(inside, scale, 1.0)
     tl.store(token_scales + at, scale, mask=inside)
 
     if PACKED:

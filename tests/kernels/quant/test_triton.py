@@ -14,7 +14,7 @@ from offline import compiled
 from dit_accel.kernels import Band, BlockList, Gate, Predicate, TilePlan
 from dit_accel.quant import PRESETS, Quant
 
-SUITE = Path(__file__).with_name("interpreter_suite.py")
+SUITES = [Path(__file__).with_name(f"interpreter_{name}.py") for name in ("suite", "quantisers")]
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -29,14 +29,15 @@ SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB per block, CUDA C++ p
 
 
 def test_interpreter_suite():
-    """Triton decides on import whether it interprets, so the suite runs in a process with the variable set."""
+    """Triton decides on import whether it interprets, so the suites run in a process with the variable set."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-Werror::RuntimeWarning"]
+    options = ["-q", "-p", "no:cacheprovider", "-Werror::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", *map(str, SUITES), *options]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[3], timeout=1500, check=False
+        command, env=environment, capture_output=True, text=True, cwd=SUITES[0].parents[3], timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90
     assert "skipped" not in done.stdout
 
 
