@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", metavar="NAME", help="methods to try (default: all that sparsify video)")
     add("--calibration", type=int, default=3, metavar="N", help="prompts to search on (default: 3)")
     add("--held-back", type=int, default=2, metavar="N", help="other prompts, to confirm on (default: 2)")
-    add("--short-steps", type=int, metavar="N", help="steps of the runs that search (default: a sixth, at least 4)")
+    add("--short-steps", type=int, metavar="N", help="steps of the runs that search (default: an eighth, at least 4)")
     add("--renders", type=int, default=36, metavar="N", help="runs that search, at most (default: 36)")
     add("--rounds", type=int, default=2, metavar="N", help="settings run in full, at most (default: 2)")
 
