@@ -13,7 +13,7 @@ from torch import Tensor
 class Blocks:
     """A partition of n slots into consecutive blocks. ``bounds``: int64 (blocks + 1,) on the CPU.
 
-    ``_memo``: what lowering derived from it. Methods keep a partition per layout, so that is done once.
+    ``_memo``: what was derived from it. Methods keep a partition per layout, so that is done once.
     """
 
     bounds: Tensor
@@ -42,6 +42,13 @@ class Blocks:
         sizes = self.sizes
         first = int(sizes[0])
         return first if bool((sizes[:-1] == first).all()) and int(sizes[-1]) <= first else None
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``bounds`` and :meth:`owner` on ``device``, copied there once: a copy to a GPU waits for it."""
+        key = ("on", device)
+        if key not in self._memo:
+            self._memo[key] = self.bounds.to(device), self.owner().to(device)
+        return self._memo[key]
 
     def owner(self) -> Tensor:
         """int64 (n,): the block of each slot."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .plans import Plan
+from .rows import take, tokens_of, visible
 
 
 @torch.no_grad()
@@ -52,30 +53,9 @@ def row_recall(
     heads, n = q.shape[1], plan.k_blocks.n
     scale = scale if scale is not None else plan.scale if plan.scale is not None else q.shape[-1] ** -0.5
     slots = torch.randperm(plan.q_blocks.n, generator=generator)[:rows].sort().values.to(q.device)
-    order, kv_order = plan._orders()
-    tokens = slots if order is None else order[..., slots]
-    queries = q.gather(2, tokens.expand(heads, -1)[None, :, :, None].expand(q.shape[0], -1, -1, q.shape[-1]))
-    keys = k.repeat_interleave(heads // k.shape[1], 1)
+    queries, keys = take(q, tokens_of(plan, slots)), k.repeat_interleave(heads // k.shape[1], 1)
     scores = (queries.float() * scale) @ keys.float().mT
     if kv_valid is not None:
         dead = torch.arange(n, device=q.device) >= kv_valid.to(q.device)[:, None, None, None]
         scores = scores.masked_fill(dead, -torch.inf)
-    weights = scores.softmax(-1)
-    if kv_order is not None:
-        weights = weights.gather(-1, kv_order.expand(heads, n)[None, :, None].expand_as(weights))
-    return (weights * _visible(plan, slots)).sum(-1)
-
-
-def _visible(plan: Plan, slots: Tensor) -> Tensor:
-    """bool (B1, H1, rows, Nk): pairs of some query slots that the plan keeps, keys in plan order."""
-    block = torch.searchsorted(plan.q_blocks.bounds.to(slots.device), slots, right=True) - 1
-    owner = plan.k_blocks.owner().to(slots.device)
-
-    def listed(entry) -> Tensor:
-        return entry.mask(plan.k_blocks.count)[:, :, block][..., owner]
-
-    seen = listed(plan.full)
-    if plan.partial is None:
-        return seen
-    keys = torch.arange(plan.k_blocks.n, device=slots.device)
-    return seen | (listed(plan.partial) & plan.predicate.visible(slots[:, None], keys[None]))
+    return (scores.softmax(-1) * visible(plan, slots)).sum(-1)

@@ -75,8 +75,7 @@ def attend(
         plan = make_plan(q, k, v, method, call)
         if plan is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)
-    if scale is None:
-        scale = plan.scale if plan.scale is not None else plan.scale_factor * q.shape[-1] ** -0.5
+    scale = plan.softmax_scale(q.shape[-1], scale)
     tiles = tiled(plan, q, backend=backend, return_lse=return_lse, quant=quant)
     how = {"scale": scale, "kv_valid": kv_valid, "backend": backend, "return_lse": return_lse}
     try:

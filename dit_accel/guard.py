@@ -2,51 +2,159 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .kernels.quant.recipe import Recipe
+from .rows import Rows
+from .step import Step
+
+NONFINITE, FAULT, DRIFT = KINDS = ("nonfinite", "fault", "drift")
+# How far a row of a right kernel may be from the reference, as a share of the row's size: four times and more what the
+# tests see of any method. Quantised products add their own rounding.
+_EXACT = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.05}
+_QK = {None: 0.0, "int8": 0.1, "int4": 1.0}
+_PV = {None: 0.0, "fp16": 0.02, "fp8": 0.1, "int8": 0.1}
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Which checks run on accelerated calls.
+    """Which checks run on accelerated calls, and how often. Frozen, hashable, picklable.
 
-    ``nonfinite``: flag any NaN or Inf in an accelerated output. Flags gather on the device; the engine reads
-    them once per transformer forward and repeats that forward with the named layers dense.
+    ``nonfinite``: any NaN or Inf in an output; every call. ``fault``: the kernel against the reference of the same plan
+    on ``rows`` sampled query rows. ``drift``: the same rows against exact attention, measured, and over ``budget`` a
+    reason to run the layer dense: the relative error ||o - exact|| / ||exact|| that a layer may have, one figure or
+    one for each layer. ``rate``: share of the calls whose rows are sampled, evenly over steps and layers, besides the
+    first call of each layer in a run.
+
+    Flags gather on the device; the engine reads them once per transformer forward and repeats that forward with the
+    named layers dense. Raises ``UsageError`` for values that cannot be.
     """
 
     nonfinite: bool = True
+    fault: bool = True
+    drift: bool = False
+    rate: float = 1 / 32
+    rows: int = 16
+    budget: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise UsageError(f"Guard: rate is a share of the calls in (0, 1]; got {self.rate!r}")
+        if not isinstance(self.rows, int) or self.rows < 2:
+            raise UsageError(f"Guard: rows is a number of query rows, at least 2; got {self.rows!r}")
+        if self.budget is None:
+            return
+        if not self.drift:
+            raise UsageError("Guard: budget is for drift, which is not measured; set drift=True")
+        if not isinstance(self.budget, (int, float)):
+            object.__setattr__(self, "budget", tuple(self.budget))
+        if not all(b > 0 for b in self._budgets()):
+            raise UsageError(f"Guard: budget is a relative error above 0, one or one per layer; got {self.budget!r}")
+
+    @classmethod
+    def off(cls) -> Guard:
+        """No check at all."""
+        return cls(nonfinite=False, fault=False)
 
     @property
     def active(self) -> bool:
-        return self.nonfinite
+        return self.nonfinite or self.samples
+
+    @property
+    def samples(self) -> bool:
+        """Whether any check looks at sampled rows."""
+        return self.fault or self.drift
+
+    def due(self, step: Step, layer: int) -> bool:
+        """Whether the rows of this call are sampled by the rate; the same for equal steps and layers."""
+        return (layer + step.index) % max(1, round(1 / self.rate)) == 0
+
+    def shift(self, step: Step, layer: int) -> float:
+        """In [0, 1): where the sampled rows of this call lie. The same for equal steps and layers."""
+        return (0.7548776662466927 * step.index + 0.5698402909980532 * layer) % 1
+
+    def budget_of(self, layer: int) -> float | None:
+        """The drift that ``layer`` may have. A list that is too short ends in its last figure."""
+        if self.budget is None:
+            return None
+        budgets = self._budgets()
+        return budgets[min(layer, len(budgets) - 1)]
+
+    def _budgets(self) -> tuple[float, ...]:
+        return self.budget if isinstance(self.budget, tuple) else (self.budget,)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        return data | {"budget": list(self.budget)} if isinstance(self.budget, tuple) else data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Guard:
+        """The inverse of :meth:`to_dict`. Raises ``UsageError`` for a name that is no field."""
+        unknown = data.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise UsageError(f"Guard has no field {', '.join(sorted(unknown))}")
+        return cls(**data)
+
+
+def tolerance(dtype: torch.dtype, quant: Recipe | None = None) -> float:
+    """The share of its size by which a row of a right kernel may miss the reference, inputs of ``dtype``."""
+    rounding = _EXACT.get(dtype, _EXACT[torch.bfloat16])
+    return rounding if quant is None else rounding + _QK[quant.qk] + _PV[quant.pv]
+
+
+def fault_of(out: Tensor, rows: Rows) -> Tensor:
+    """Scalar: the worst row's error as a share of its size. ``out`` (B, H, R, Dv): what the kernel gave.
+
+    Inf where the kernel's row is not finite though the reference's is; rows that the reference cannot tell count 0.
+    """
+    error = (out.to(rows.planned.dtype) - rows.planned).square().sum(-1).sqrt()
+    share = torch.where(error == 0, 0.0, error / rows.size)
+    share = torch.where(share.isfinite(), share, torch.inf)
+    return torch.where(rows.planned.isfinite().all(-1), share, 0.0).amax()
+
+
+def drift_of(out: Tensor, rows: Rows) -> Tensor:
+    """Scalar: ||out - exact|| / ||exact|| over all sampled rows and heads. NaN where either is not finite."""
+    exact = rows.exact
+    return ((out.to(exact.dtype) - exact).square().sum() / exact.square().sum().clamp_min(1e-30)).sqrt()
 
 
 class Flags:
-    """Per-layer flags of one forward, kept on the device: one int32 per layer, read with a single transfer."""
+    """What the checks of one forward found, kept on the device: a flag per kind and layer, read with one transfer."""
 
     def __init__(self, layers: int, device: torch.device):
-        self._raised = torch.zeros(layers, dtype=torch.int32, device=device)
+        self._raised = torch.zeros((len(KINDS), layers), dtype=torch.int32, device=device)
 
     @property
     def device(self) -> torch.device:
         return self._raised.device
 
-    def check(self, layer: int, out: torch.Tensor) -> None:
+    def check(self, layer: int, out: Tensor) -> None:
         """Raise layer's flag when ``out`` holds a non-finite value. No host sync; one read of ``out``.
 
         The sum is non-finite whenever an element is; a finite tensor whose float32 sum overflows is flagged
         too, which costs a dense repeat, never a missed fault.
         """
-        total = out.sum(dtype=torch.float32)
-        self._raised[layer] |= (~torch.isfinite(total)).to(torch.int32)
+        self.put(NONFINITE, layer, ~torch.isfinite(out.sum(dtype=torch.float32)))
 
-    def read(self, group: Any = None) -> list[int]:
-        """Layers whose flag is raised, on any rank of a process ``group``. The one host sync of a forward."""
+    def put(self, kind: str, layer: int, raised: Tensor) -> None:
+        """Raise a flag where the scalar ``raised`` is true. No host sync."""
+        self._raised[KINDS.index(kind), layer] |= raised.to(torch.int32)
+
+    def read(self, group: Any = None) -> dict[int, str]:
+        """Layer -> the first kind raised, on any rank of a process ``group``. The one host sync of a forward."""
         if group is not None:
             torch.distributed.all_reduce(self._raised, torch.distributed.ReduceOp.MAX, group=group)
-        return torch.nonzero(self._raised).flatten().tolist()
+        found: dict[int, str] = {}
+        for kind, layer in torch.nonzero(self._raised).tolist():
+            found.setdefault(layer, KINDS[kind])
+        return dict(sorted(found.items()))
 
     def clear(self) -> None:
         self._raised.zero_()

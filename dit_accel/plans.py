@@ -60,6 +60,12 @@ class Plan:
     def keys(self) -> Layout:
         return self.kv_layout or self.layout
 
+    def softmax_scale(self, dim: int, scale: float | None = None) -> float:
+        """What logits of ``dim`` channels are multiplied by: ``scale`` where a caller sets one, else the plan's own."""
+        if scale is not None:
+            return scale
+        return self.scale if self.scale is not None else self.scale_factor * dim**-0.5
+
     @property
     def block_mask(self) -> Tensor:
         """bool (B1, H1, nq, nk), plan order: key blocks visited whole or in part."""

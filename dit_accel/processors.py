@@ -78,7 +78,7 @@ class Processor:
             "method": self.method.to_dict() if self.method else None,
             "quant": self.quant.to_dict() if isinstance(self.quant, Quant) else self.quant,
             "schedule": self.schedule.to_dict(),
-            "guard": {"nonfinite": self.guard.nonfinite},
+            "guard": self.guard.to_dict(),
             "backend": self.backend,
             "on_unsupported": self.on_unsupported,
         }
@@ -86,7 +86,7 @@ class Processor:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Processor:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        values = {**data, "schedule": Schedule.from_dict(data["schedule"]), "guard": Guard(**data["guard"])}
+        values = {**data, "schedule": Schedule.from_dict(data["schedule"]), "guard": Guard.from_dict(data["guard"])}
         method, quant = values.pop("method"), values["quant"]
         values["quant"] = Quant.from_dict(quant) if isinstance(quant, dict) else quant
         return Processor(None if method is None else Method.from_dict(method), **values)

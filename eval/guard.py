@@ -1,6 +1,6 @@
 """What the guard costs: ``python -m dit_accel.eval.guard``.
 
-The bundled model's transformer, one method, guard on and off in turn, medians of whole forwards in one process.
+The bundled model's transformer, one method, guards in turn, medians of runs of forwards in one process.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import sys
 import time
 
 
-def measure(repeats: int = 9, backend: str = "auto") -> dict:
-    """Median seconds of a transformer forward with the guard on and off, and how often each read its flags."""
+def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict:
+    """Median seconds of a run of ``forwards`` under each guard, in turn, and what each guard looked at.
+
+    ``overhead``: over no guard at all.
+    """
     import torch
     from diffusers import WanPipeline
 
@@ -33,30 +36,35 @@ def measure(repeats: int = 9, backend: str = "auto") -> dict:
         "encoder_hidden_states": torch.randn(1, 32, model.config.text_dim, generator=generator),
         "return_dict": False,
     }
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    reads = {}
+    guards = {
+        "off": Guard.off(),
+        "nonfinite": Guard(fault=False),
+        "default": Guard(),
+        "with drift": Guard(drift=True),
+        "every call": Guard(drift=True, rate=1.0),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in guards}
+    counted = {}
     with torch.inference_mode():
         for turn in range(repeats + 1):
-            for on in (True, False):
-                processor = RadialProcessor(schedule=Schedule.none(), guard=Guard(nonfinite=on), backend=backend)
-                model.set_attn_processor(processor)
-                model(**arguments)  # the first forward of an engine makes the plan
-                start = time.perf_counter()
-                model(**arguments)
-                if turn:
-                    seconds[on].append(time.perf_counter() - start)
+            for name, guard in guards.items():
+                model.set_attn_processor(RadialProcessor(schedule=Schedule.none(), guard=guard, backend=backend))
                 (engine,) = engines(model)
-                reads[on] = engine.stats.flag_reads
-        tiers = engine.stats.to_dict()
+                start = time.perf_counter()
+                for step in range(forwards):
+                    model(**{**arguments, "timestep": torch.tensor([900.0 - 800.0 * step / forwards])})
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+                stats = engine.stats
+                counted[name] = {"flag_reads": stats.flag_reads, "checks": stats.checks, "calls": stats.sparse}
     model.reset_attn_processor()
-    on, off = (statistics.median(seconds[key]) for key in (True, False))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "seconds_on": round(on, 4),
-        "seconds_off": round(off, 4),
-        "overhead": round(on / off - 1, 4),
-        "flag_reads_on": reads[True],
-        "flag_reads_off": reads[False],
-        "tiers": tiers.get("tiers"),
+        "forwards": forwards,
+        "seconds": {name: round(value, 4) for name, value in medians.items()},
+        "overhead": {name: round(value / medians["off"] - 1, 4) for name, value in medians.items()},
+        "counted": counted,
+        "tiers": stats.tiers,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
     }
@@ -64,10 +72,11 @@ def measure(repeats: int = 9, backend: str = "auto") -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.guard", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forwards", type=int, default=32, help="of a run (default: 32)")
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(args.repeats, args.backend), indent=1))
+    print(json.dumps(measure(args.repeats, args.forwards, args.backend), indent=1))
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .proxies import MEANING, name_of
 from .shapes.grade import DIMENSIONS as SHAPES
 from .vbench import DIMENSIONS, FLICKER
 
@@ -69,6 +70,8 @@ METRICS: tuple[Metric, ...] = (
              missing=_opencv) for name in SHAPES),
     *(Metric(f"vbench.{name}", QUALITY, "official package and weights", needs=("vbench", "its weights", "GPU"),
              is_vbench=True, missing=_elsewhere) for name in DIMENSIONS),
+    *(Metric(name_of(name), QUALITY, f"{text}; difference to dense only", reference=True, needs=("opencv",),
+             missing=_opencv) for name, text in MEANING.items()),
     Metric(FLICKER, QUALITY, "VBench's formula without its prompts and static filter; compare with dense only",
            reference=True),
 )  # fmt: skip

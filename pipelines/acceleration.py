@@ -10,6 +10,7 @@ import torch
 
 from ..diffusers.families import known_families
 from ..errors import DitAccelError, UnsupportedError, UsageError
+from ..guard import Guard
 from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
@@ -29,7 +30,8 @@ class Acceleration:
     ``density``: kept fraction in (0, 1]. ``dense_steps``: leading steps left dense, a count or a fraction.
     ``dense_layers``: leading layers left dense, a count or a set of layer indices. ``parameters``: the method's
     own, by name. ``backend``: an execution tier or ``"auto"``. ``quant``: a preset of quantised products, by name, or
-    ``"auto"``; with ``"dense"`` too. ``preset``: a file of `dit-accel tune`, which says all of this but the backend.
+    ``"auto"``; with ``"dense"`` too. ``preset``: a file of `dit-accel tune`, which says all of this but the backend and
+    the guard. ``guard``: run-time checks, None for the default ones.
     """
 
     method: str | None = None
@@ -40,6 +42,7 @@ class Acceleration:
     backend: str = "auto"
     quant: str | None = None
     preset: str | None = None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,13 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         method.check(layout or Layout(grid=(1, 1, 64)))
     _check_family(name, info)
     if method is None:
-        processor, density = QuantProcessor(accel.quant, schedule=_schedule(accel, None), backend=accel.backend), 1.0
+        processor = QuantProcessor(accel.quant, schedule=_schedule(accel, None), **_running(accel))
+        density = 1.0
     else:
         method, density, miss = _with_density(method, accel.density, layout)
         notes += miss
         schedule = _schedule(accel, method)
-        processor = Processor(method, quant=accel.quant, schedule=schedule, backend=accel.backend)
+        processor = Processor(method, quant=accel.quant, schedule=schedule, **_running(accel))
     if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
     return Choice(processor, density, tuple(notes))
@@ -102,6 +106,8 @@ def _preset(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames:
     processor = copy.copy(preset.processor)
     if accel.backend != "auto":
         processor.backend = accel.backend
+    if accel.guard is not None:
+        processor.guard = accel.guard
     _check_family(processor.name, info)
     if processor.method is not None and layout is not None:
         processor.method.check(layout)
@@ -120,6 +126,11 @@ def _check_family(name: str, info: ModelInfo) -> None:
             f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
             f"register a row (dit_accel.diffusers.register_family). Known: {known}"
         )
+
+
+def _running(accel: Acceleration) -> dict[str, Any]:
+    """How a processor runs, whatever it runs."""
+    return {"backend": accel.backend, "guard": accel.guard}
 
 
 def _default(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames: int) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ..diffusers import engines, reset_attn_processor, set_attn_processor
-from ..diffusers.stats import INTENDED, Stats
+from ..diffusers.stats import INTENDED, Stats, drift_over
 from ..errors import UnsupportedError
 from ..processors import Processor
 
@@ -45,6 +45,8 @@ def counted(pipe: Any) -> dict[str, Any]:
         "sparse_calls": tiers.total(),
         "dense_calls": dict(dense),
         "fallbacks": {reason: n for reason, n in dense.items() if reason not in INTENDED},
+        "guard_checks": sum(stats.checks for stats in found),
+        "drift": drift_over(layer for stats in found for layer in stats.layers),
         "guard_events": [event for stats in found for event in stats.guard_events],
         "repeated_forwards": sum(stats.repeats for stats in found),
         "warnings": [text for stats in found for text in stats.warnings],
@@ -53,11 +55,14 @@ def counted(pipe: Any) -> dict[str, Any]:
         "seconds": None if None in seconds else sum(seconds),
         "planning_seconds": None if None in planning else sum(planning),
         "layers": [
-            {"name": layer.name, "density": layer.density, "sparse": layer.sparse, "dense": dict(layer.dense)}
+            {
+                "name": layer.name, "density": layer.density, "sparse": layer.sparse, "dense": dict(layer.dense),
+                "checks": layer.checks, "drift": layer.drift,
+            }
             for stats in found
             for layer in stats.layers
         ],
-    }
+    }  # fmt: skip
 
 
 def _effective(found: list[Stats]) -> float | None:

@@ -208,7 +208,7 @@ def observe(
 ) -> None:
     """Render ``shots`` densely while ``watch`` sees every call; one that it cannot see raises."""
     processor = Processor(
-        Observe(watch), schedule=Schedule.none(), guard=Guard(nonfinite=False), backend=backend, on_unsupported="error"
+        Observe(watch), schedule=Schedule.none(), guard=Guard.off(), backend=backend, on_unsupported="error"
     )
     for shot in shots:
         pipe.set_progress_bar_config(disable=not progress, desc=shot.stem[:40], leave=False, dynamic_ncols=True)

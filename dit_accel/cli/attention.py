@@ -20,8 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quant", metavar="NAME|FILE",
         help="quantised products: auto, sage1, sage2, sage2-int4, sage2pp, or a precision file (default: none)",
     )  # fmt: skip
-    add("--preset", metavar="FILE", help="all of this as `dit-accel tune` found it, but --backend")
+    add("--preset", metavar="FILE", help="all of this as `dit-accel tune` found it, but --backend and --guard")
     add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
+    add(
+        "--guard", metavar="CHECKS",
+        help="checks of accelerated calls, comma-separated: nonfinite, fault, drift; or off (default: nonfinite,fault)",
+    )  # fmt: skip
+    add(
+        "--drift-budget", type=float, metavar="E",
+        help="relative error against exact attention beyond which a layer runs dense; implies the check drift",
+    )  # fmt: skip
+    add("--guard-rate", type=float, metavar="R", help="share of the calls whose rows are sampled (default: 1/32)")
 
 
 def chosen(args: argparse.Namespace) -> Any:
@@ -37,7 +46,26 @@ def chosen(args: argparse.Namespace) -> Any:
         backend=args.backend,
         quant=args.quant,
         preset=args.preset,
+        guard=_guard(args),
     )
+
+
+def _guard(args: argparse.Namespace) -> Any:
+    """The guard that the arguments ask for; None for the default."""
+    from ..errors import UsageError
+    from ..guard import KINDS, Guard
+
+    if args.guard is None and args.drift_budget is None and args.guard_rate is None:
+        return None
+    default = [kind for kind in KINDS if getattr(Guard(), kind)]
+    named = default if args.guard is None else [] if args.guard == "off" else args.guard.split(",")
+    unknown = [name for name in named if name not in KINDS]
+    if unknown:
+        raise UsageError(f"--guard knows {', '.join(KINDS)} and off; got {', '.join(map(repr, unknown))}")
+    checks = {kind: kind in named for kind in KINDS}
+    checks["drift"] |= args.drift_budget is not None
+    rate = {} if args.guard_rate is None else {"rate": args.guard_rate}
+    return Guard(**checks, **rate, budget=args.drift_budget)
 
 
 def _steps(text: str | None) -> int | float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import eval_attention, eval_fidelity, eval_metrics, eval_shapes, eval_speed, eval_vbench
+from . import eval_attention, eval_fidelity, eval_metrics, eval_proxies, eval_shapes, eval_speed, eval_vbench
 
 HELP = "measure speed, fidelity, attention error and quality"
 DESCRIPTION = (
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   dit-accel eval attention --method radial:decay=0.5 gna --steps 10
   dit-accel eval speed --method radial --repeats 3
   dit-accel eval vbench totals results/
+  dit-accel eval proxies dense/ radial/
   dit-accel eval metrics
 
 each also runs as python -m dit_accel.eval.NAME
@@ -27,6 +28,7 @@ KINDS = {
     "attention": eval_attention,
     "speed": eval_speed,
     "vbench": eval_vbench,
+    "proxies": eval_proxies,
     "metrics": eval_metrics,
 }
 

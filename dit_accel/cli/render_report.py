@@ -90,8 +90,12 @@ def attention_report(attention: dict[str, Any]) -> list[str]:
         f"tier {attention['tier']}, density {_number(density)}, effective {_number(attention['effective_density'])} "
         f"with the dense steps; fallbacks {_counts(attention['fallbacks'])}"
     ]
-    events = attention["guard_events"]
-    lines += [f"guard: layer {e['layer']} ({e['name']}) ran dense from step {e['step']}" for e in events[:3]]
+    events, drift = attention["guard_events"], attention.get("drift")
+    if drift:
+        lines.append(f"drift against exact attention: mean {drift['mean']:.3f}, most {drift['max']:.3f}, over the rows "
+                     f"of {attention['guard_checks']} calls")  # fmt: skip
+    lines += [f"guard: layer {e['layer']} ({e['name']}) ran dense from step {e['step']}: {e['kind'] or 'another rank'}"
+              for e in events[:3]]  # fmt: skip
     if len(events) > 3:
         lines.append(f"guard: and {len(events) - 3} more events (see the JSON record)")
     return lines + [f"warning: {text}" for text in attention["warnings"] if not text.startswith("guard:")]

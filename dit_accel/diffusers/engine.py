@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..functional import WHOLE, attend, make_plan, tier_of, tiled
-from ..guard import Flags
 from ..layout import Layout
 from ..methods import Call
 from ..precision import adapted
@@ -31,6 +30,7 @@ from .masks import Live, Unreadable, live_keys
 from .parallel import Refused, Share, Ulysses
 from .stats import Stats
 from .tracker import StepTracker
+from .watch import Ran, Watch
 
 logger = logging.getLogger("dit_accel")
 _UNSEEN = object()
@@ -94,8 +94,7 @@ class Engine:
         self.stats = Stats([(name, "joint" if family.joint else "self") for name, _ in sites])
         self.forward: Forward | None = None
         self._model = weakref.ref(model)
-        self._flags: Flags | None = None
-        self._faulty: set[int] = set()
+        self.watch = Watch(processor.guard, self.stats, self.warn)
         self._layouts: set[Layout] = set()
         self._read: deque[tuple[tuple[Any, ...], tuple[Layout, ...]]] = deque(maxlen=4)  # guidance branches alternate
         self._sites = [module for _, module in sites]
@@ -143,61 +142,48 @@ class Engine:
         layouts = self._layouts_of(model, read)
         if before is None or before.step.run != step.run:
             self.state.close_run(step.run - 1)
-            self._faulty.clear()
+            self.watch.begin_run()
             self._note_unknown_total(step)
         self.forward = Forward(layouts, step)
         self.stats.forwards += 1
 
     def finish(self, again: Callable[[], Any]) -> Any:
-        """The forward ended. Returns the output of its repeat, by ``again``, where the guard found a fault, else None.
+        """The forward ended. Returns the output of its repeat, by ``again``, where the guard raised a flag, else None.
 
         Reads the flags, once, when any call was checked. The repeat checks every call on the spot and runs a layer
-        dense whose output is not finite although its inputs are; such a layer stays dense for the rest of the run,
-        since a fault that was seen once would otherwise cost a repeat at every step.
+        dense that fails although its inputs are finite.
         """
         forward = self.forward
         if forward is None or not forward.checked:
             return None
         forward.checked = False
-        self.stats.flag_reads += 1
-        raised = self._flags.read(forward.ulysses and forward.ulysses.group)
+        raised = self.watch.read(forward.ulysses and forward.ulysses.group)
         if not raised:
             return None
-        self._flags.clear()
         forward.trial = True
         self.stats.repeats += 1
         known = len(self.stats.guard_events)
         output = again()
         forward.trial = False
         if len(self.stats.guard_events) == known:
+            layer, kind = next(iter(raised.items()))
             self.warn(
-                f"guard: the output of layer {raised[0]} ({self.stats.layers[raised[0]].name}) was not finite at step "
+                f"guard: layer {layer} ({self.stats.layers[layer].name}) raised the flag {kind!r} at step "
                 f"{forward.step.index}; the repeated forward found no attention call at fault, so either its inputs "
                 "were not finite or the fault was transient"
             )
         return output
 
     def _too_late(self, forward: Forward) -> None:
-        """The last forward could not be repeated, it was part of a larger graph: its fault is counted and told now."""
-        self.stats.flag_reads += 1
-        raised = self._flags.read(forward.ulysses and forward.ulysses.group)
+        """The last forward could not be repeated, it was part of a larger graph: its flags are counted and told now."""
+        raised = self.watch.read(forward.ulysses and forward.ulysses.group)
         if raised:
-            self._flags.clear()
-            self._blame(raised[0], forward.step)
+            layer, kind = next(iter(raised.items()))
+            self.watch.blame(layer, forward.step, kind)
             self.warn(
                 "guard: that forward was compiled into a larger function and could not be repeated; compile the "
                 "transformer itself, or its blocks, for faults to be repaired"
             )
-
-    def _blame(self, layer: int, step: Step) -> None:
-        """Name a faulty layer and keep it dense until the run ends."""
-        self._faulty.add(layer)
-        name = self.stats.layers[layer].name
-        self.stats.guard_events.append({"layer": layer, "name": name, "step": step.index})
-        self.warn(
-            f"guard: non-finite attention output at layer {layer} ({name}), step {step.index}; "
-            "the layer runs dense until the run ends"
-        )
 
     def attend(self, layer: int, call: ops.Primitive) -> Tensor:
         """The result of one attention call at ``layer``, sparse or stock."""
@@ -276,25 +262,18 @@ class Engine:
         out = attend(
             q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=tier, quant=quant
         )  # fmt: skip
-        if self.processor.guard.active and not self._passes(layer, out, (q, k, v)):
+        if self.processor.guard.active and not self._passes(layer, Ran(q, k, v, out, plan, call.scale, valid, quant)):
             return self._dense(layer, call, "guard")
         self.stats.count_sparse(layer, plan, method.static, tier, why, _pairs(call))
         return call.back(out.roll(turn, 2) if turn else out)
 
-    def _passes(self, layer: int, out: Tensor, inputs: tuple[Tensor, ...]) -> bool:
-        """Flags a fault on the device. In a repeat, says on the spot whether the output can be used."""
+    def _passes(self, layer: int, ran: Ran) -> bool:
+        """Flags on the device what fails a check. In a repeat, says on the spot whether the output can be used."""
         forward = self.forward
-        if not forward.trial:
-            if self._flags is None or self._flags.device != out.device:
-                self._flags = Flags(len(self.stats.layers), out.device)
-            self._flags.check(layer, out)
-            forward.checked = True
-            return True
-        fine = _finite(out) or not all(_finite(x) for x in inputs)
-        if forward.ulysses.agree(fine, out.device) if forward.ulysses else fine:
-            return True
-        self._blame(layer, forward.step)
-        return False
+        if forward.trial:
+            return self.watch.passes(layer, forward.step, ran, forward.ulysses)
+        forward.checked |= self.watch.look(layer, forward.step, ran)
+        return True
 
     def _dense_reason(self, call: ops.Primitive) -> str | None:
         """Why this call is dense whatever its layer and step, or None."""
@@ -309,7 +288,7 @@ class Engine:
         """Why this layer is dense at this step, or None."""
         if self.processor.schedule.is_dense(self.forward.step, layer):
             return "schedule"
-        return "guard" if layer in self._faulty else None
+        return "guard" if layer in self.watch.faulty else None
 
     def _understand(self, call: ops.Primitive) -> tuple[Layout, Share | None]:
         """The layout of the call's tokens, and this rank's share of them under context parallelism.
@@ -397,6 +376,3 @@ def _tokens(call: ops.Primitive) -> tuple[int, int]:
     axis = 1 if call.form == "BSHD" else 2
     return call.query.shape[axis], call.key.shape[axis]
 
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())

@@ -54,6 +54,8 @@ def _layer(index: int, layer: Any, processor: Any) -> dict[str, Any]:
         "sparse": layer.sparse,
         "dense": dict(layer.dense),
         "fallback": layer.fallback,
+        "checks": layer.checks,
+        "drift": layer.drift,
     }
 
 
@@ -71,6 +73,11 @@ def _table(model: dict[str, Any]) -> str:
         f"effective density {_cell(stats['effective_density'])}",
         *sorted({f"tier {x['tier']}: {x['tier_reason']}" for x in model["layers"] if x["tier"]}),
     ]
+    if stats["guard_checks"]:
+        drift = stats["drift"]
+        told = f"; drift mean {drift['mean']:.3f}, most {drift['max']:.3f}" if drift else ""
+        head.append(f"guard: rows of {stats['guard_checks']} calls checked{told}; {len(stats['guard_events'])} layers "
+                    "taken out of use")  # fmt: skip
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*head, *body, *(f"warning: {text}" for text in stats["warnings"])])
 

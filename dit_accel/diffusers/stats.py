@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ class LayerStats:
     """One attention site. ``dense``: calls by reason. ``tiers``: sparse calls by execution tier.
 
     ``layout``: of the tokens of the last call that was understood. ``tier_reason``: why the last tier was chosen.
-    ``last``: what the last call did, ``"sparse"`` or the dense reason.
+    ``last``: what the last call did, ``"sparse"`` or the dense reason. ``checks``: calls whose rows the guard sampled.
     """
 
     name: str
@@ -34,6 +34,8 @@ class LayerStats:
     tier_reason: str = ""
     last: str = ""
     layout: Layout | None = None
+    checks: int = 0
+    _drift: Tensor | None = None
     _kept: Plan | Tensor | None = None
 
     @property
@@ -47,6 +49,14 @@ class LayerStats:
         return sum(n for reason, n in self.dense.items() if reason not in INTENDED)
 
     @property
+    def drift(self) -> dict[str, float] | None:
+        """``mean`` and ``max`` relative error against exact attention over the calls sampled for it, or None."""
+        if self._drift is None:
+            return None
+        total, most, calls = self._drift.tolist()
+        return {"mean": total / calls, "max": most} if calls else None
+
+    @property
     def density(self) -> float | None:
         """Kept fraction of the last sparse call, or None before the first."""
         return None if self._kept is None else _density(self._kept)
@@ -56,7 +66,8 @@ class Stats:
     """Counters of one engine since it was attached or reset.
 
     ``forwards``: transformer forwards; ``repeats``: those that the guard ran again; ``flag_reads``: host syncs
-    of the guard. ``guard_events``: one ``{"layer", "name", "step"}`` per fault. ``warnings``: each once.
+    of the guard. ``guard_events``: one per layer taken out of use, ``{"layer", "name", "step", "kind"}`` and the
+    ``value`` that passed its ``limit``. ``warnings``: each once.
     ``timing``: set it to measure attention calls, dense ones too.
     """
 
@@ -95,6 +106,16 @@ class Stats:
     def tiers(self) -> dict[str, int]:
         """Sparse calls by execution tier."""
         return dict(sum((layer.tiers for layer in self.layers), Counter()))
+
+    @property
+    def checks(self) -> int:
+        """Calls whose rows the guard sampled."""
+        return sum(layer.checks for layer in self.layers)
+
+    @property
+    def drift(self) -> dict[str, float] | None:
+        """Mean over the layers sampled for drift and the largest of any call, or None."""
+        return drift_over(self.layers)
 
     @property
     def density(self) -> float | None:
@@ -150,6 +171,20 @@ class Stats:
             self._dynamic.append(torch.zeros((), dtype=torch.float64, device=plan.device))
         self._dynamic[0] += entry._kept * pairs
 
+    def count_check(self, layer: int, drift: Tensor | None) -> None:
+        """A call was sampled; ``drift``: its scalar on the device, where that was measured. No host sync."""
+        entry = self.layers[layer]
+        entry.checks += 1
+        if drift is None:
+            return
+        if entry._drift is None or entry._drift.device != drift.device:
+            entry._drift = torch.zeros(3, dtype=torch.float32, device=drift.device)
+        known = drift.isfinite()
+        value = torch.where(known, drift, 0).float()
+        entry._drift[0] += value
+        entry._drift[1] = torch.maximum(entry._drift[1], value)
+        entry._drift[2] += known
+
     @contextlib.contextmanager
     def timed(self, what: str, device: torch.device) -> Iterator[None]:
         """Adds the time spent inside to ``what``, where ``timing`` is on. Does not wait for the device."""
@@ -179,9 +214,19 @@ class Stats:
             "effective_density": self.effective_density,
             "attention_seconds": self.attention_seconds,
             "planning_seconds": self.planning_seconds,
+            "guard_checks": self.checks,
+            "drift": self.drift,
             "guard_events": list(self.guard_events),
             "warnings": list(self.warnings),
         }
+
+
+def drift_over(layers: Iterable[LayerStats]) -> dict[str, float] | None:
+    """Mean over the layers sampled for drift and the largest of any call, or None."""
+    found = [drift for drift in (layer.drift for layer in layers) if drift]
+    if not found:
+        return None
+    return {"mean": sum(one["mean"] for one in found) / len(found), "max": max(one["max"] for one in found)}
 
 
 def _visited(plan: Plan) -> Tensor:

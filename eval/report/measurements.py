@@ -142,6 +142,19 @@ def _formula(source: Source) -> Markup:
     return tag("div", told, tag("p", f"No VBench score: {data['meaning']}.", class_="faint"), class_="apart")
 
 
+def _proxies(source: Source) -> Markup:
+    """Differences to dense that are no scores, in a box of their own."""
+    data = source.data
+    rows = []
+    for name, one in data["summary"].items():
+        if one["clips"]:
+            interval = f"{one['low']:+.4f} to {one['high']:+.4f}" if "low" in one else "too few clips"
+            rows.append([name, f"{one['mean']:+.4f}", interval, one["clips"], data["meaning"][name]])
+    wrong = [tag("p", f"{row['prompt']}: {text}", class_="warn") for row in data["rows"] for text in row["sanity"]]
+    head = ("proxy", "accelerated minus dense", "95 % interval", "clips", "meaning")
+    return tag("div", tag("p", f"{data['note']}.", class_="faint"), table(head, rows), wrong, class_="apart")
+
+
 _KINDS: dict[str, tuple[str, Callable[[Source], Markup]]] = {
     "attention": ("Attention error", _attention),
     "fidelity": ("Fidelity to the dense output", _fidelity),
@@ -149,5 +162,6 @@ _KINDS: dict[str, tuple[str, Callable[[Source], Markup]]] = {
     "speed": ("Speed", _speed),
     "vbench-totals": ("VBench", _vbench),
     "vbench-run": ("VBench", _vbench),
+    "proxies": ("Proxies, no VBench scores", _proxies),
     "vbench-flicker": ("Formulas of VBench, no VBench scores", _formula),
 }

@@ -132,19 +132,36 @@ def _details(source: Source) -> Markup:
     else:
         sides = {method_of(data): _phases(data["seconds"])}
     figures.append(charts.bars(sides, title="Where the time goes, seconds" + (", medians" if compare else "")))
-    layers = [row for row in data["attention"].get("layers", []) if row["density"] is not None]
-    if layers:
-        title = "Density by layer, as of its last sparse call"
-        row = [layer["density"] for layer in layers]
-        figures.append(charts.heat([row], title=title, x="layer", y=["density"], scale=(0.0, 1.0)))
+    layers = data["attention"].get("layers", [])
+    figures += _by_layer(layers, "density", "Density by layer, as of its last sparse call", (0.0, 1.0))
+    drifts = [{"drift": row["drift"]["mean"] if row.get("drift") else None} for row in layers]
+    figures += _by_layer(drifts, "drift", "Drift by layer: mean error against exact attention on sampled rows")
     facts = [f"{method_of(data)} on {data['device']['name']}"]
     if compare and compare["attention_share"] is not None:
         facts.append(f"attention is {compare['attention_share']:.0%} of the dense loop")
-    events = data["attention"].get("guard_events", [])
-    facts += [f"guard: layer {event['layer']} ran dense from step {event['step']}" for event in events]
+    facts += _guard(data["attention"])
     warnings = [*data["attention"].get("warnings", []), *data.get("notes", [])]
     return join([tag("p", "; ".join(facts), class_="faint"), [tag("p", text, class_="warn") for text in warnings],
                  tag("div", figures, class_="row")])  # fmt: skip
+
+
+def _by_layer(
+    layers: list[dict[str, Any]], key: str, title: str, scale: tuple[float | None, float | None] = (0.0, None)
+) -> list[Markup]:
+    """A row of one figure over the layers; nothing where no layer has it."""
+    row = [layer[key] for layer in layers]
+    known = any(value is not None for value in row)
+    return [charts.heat([row], title=title, x="layer", y=[key], scale=scale)] if known else []
+
+
+def _guard(attention: dict[str, Any]) -> list[str]:
+    """What the guard looked at and what it took out of use."""
+    checks, drift, events = attention.get("guard_checks"), attention.get("drift"), attention.get("guard_events", [])
+    told = [f"guard: rows of {checks} calls checked, {len(events)} layers taken out of use"] if checks else []
+    told += [f"drift mean {drift['mean']:.4f}, most {drift['max']:.4f}"] if drift else []
+    for event in events:
+        told.append(f"guard: layer {event['layer']} ran dense from step {event['step']} ({event.get('kind')})")
+    return told
 
 
 def _phases(seconds: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...guard import KINDS, Guard
 from ...quant import Quant, quant_name
 
 SCHEMA = 1
@@ -143,4 +144,18 @@ def _attention(attention: dict[str, Any] | None) -> list[str]:
     layers = schedule.get("layers")
     if layers:
         words += ["--dense-layers", str(layers) if isinstance(layers, int) else ",".join(map(str, layers)) + ","]
+    words += _guard(attention.get("guard") or {})
     return words if attention.get("backend", "auto") == "auto" else [*words, "--backend", attention["backend"]]
+
+
+def _guard(guard: dict[str, Any]) -> list[str]:
+    """Flags of a guard that is not the default one. A budget by layer has none; the record holds it."""
+    words, default = [], Guard()
+    checks = [kind for kind in KINDS if guard.get(kind, getattr(default, kind))]
+    if checks != [kind for kind in KINDS if getattr(default, kind)]:
+        words += ["--guard", ",".join(checks) or "off"]
+    if isinstance(guard.get("budget"), (int, float)):
+        words += ["--drift-budget", str(guard["budget"])]
+    if guard.get("rate", default.rate) != default.rate:
+        words += ["--guard-rate", str(guard["rate"])]
+    return words

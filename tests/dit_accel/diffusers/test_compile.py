@@ -139,7 +139,7 @@ def test_a_fault_inside_a_larger_graph_is_told_at_the_next_forward(wan, monkeypa
     compiled = inlined(model, Graphs())
     assert not compiled(**call).sample.isfinite().all()
     assert compiled(**{**call, "timestep": torch.full((2,), 400)}).sample.isfinite().all()
-    assert engine.stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0}]
+    assert engine.stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0, "kind": "nonfinite"}]
     assert "compile the transformer itself" in engine.stats.warnings[-1]
 
 

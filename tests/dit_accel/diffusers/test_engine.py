@@ -44,7 +44,7 @@ def test_a_faulty_layer_is_named_and_runs_dense(wan, monkeypatch):
     out = model(**call).sample
     assert (out - stock).abs().max() < 1e-5
     stats = engine.stats
-    assert stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0}]
+    assert stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0, "kind": "nonfinite"}]
     assert (stats.forwards, stats.repeats, stats.dense) == (1, 1, {"guard": 1})
     assert any("blocks.1.attn1" in warning for warning in stats.warnings)
     model(**{**call, "timestep": torch.full((2,), 400)})
@@ -99,7 +99,7 @@ def test_the_guard_costs_one_read_per_forward_with_sparse_calls(wan, monkeypatch
         model(**{**call, "timestep": torch.full((2,), timestep)})
     stats = engines(model)[0].stats
     assert (stats.forwards, stats.flag_reads, len(reads)) == (3, 2, 2)
-    model.set_attn_processor(AllBlocksProcessor(guard=Guard(nonfinite=False), **SPARSE))
+    model.set_attn_processor(AllBlocksProcessor(guard=Guard.off(), **SPARSE))
     model(**call)
     assert engines(model)[0].stats.flag_reads == 0
     assert len(reads) == 2

@@ -50,7 +50,7 @@ def test_a_fault_names_its_layer_which_then_runs_dense(wan, monkeypatch):
     monkeypatch.setattr(reference, "attention", faulty)
     out = model(**call).sample
     stats = engines(model)[0].stats
-    assert stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0}]
+    assert stats.guard_events == [{"layer": 1, "name": "blocks.1.attn1", "step": 0, "kind": "nonfinite"}]
     assert stats.dense == {"guard": 1}
     assert out.isfinite().all()
     assert (out - stock).abs().mean() < 0.05 * stock.abs().mean()
