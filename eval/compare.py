@@ -18,10 +18,10 @@ STARVED = 0.6
 def judge(pair: Pair) -> dict[str, Any]:
     """Numbers of one comparison, as plain JSON values.
 
-    ``seconds``: medians by side and phase. ``speedup``: dense over accelerated, same phase. ``attention_share``:
-    attention's part of the dense loop. ``bound``: what that share and the effective density allow. ``fidelity``:
-    PSNR and SSIM of the raw frames. ``doubts``: reasons to distrust the timings. ``speedup`` is None, with
-    ``refused`` saying why, where only emulation ran.
+    ``seconds``: medians by side and phase. ``loop_spread``: median, least and IQR of the loop's seconds by side.
+    ``speedup``: dense over accelerated, same phase. ``attention_share``: attention's part of the dense loop. ``bound``:
+    what that share and the effective density allow. ``fidelity``: PSNR and SSIM of the raw frames. ``doubts``: reasons
+    to distrust the timings. ``speedup`` is None, with ``refused`` saying why, where only emulation ran.
     """
     dense, fast = _medians(pair.dense), _medians(pair.fast)
     attention = pair.fast[-1].attention
@@ -36,6 +36,11 @@ def judge(pair: Pair) -> dict[str, Any]:
         "loop_runs": {
             "dense": [r.seconds.get("loop") for r in pair.dense],
             "accelerated": [r.seconds.get("loop") for r in pair.fast],
+        },
+        "loop_spread": {
+            side: summary(known)
+            for side, runs in (("dense", pair.dense), ("accelerated", pair.fast))
+            if (known := [r.seconds["loop"] for r in runs if "loop" in r.seconds])
         },
         "order": pair.order,
         "warmup_seconds": pair.warmup,

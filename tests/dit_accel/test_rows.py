@@ -7,7 +7,10 @@ from random_plans import plans
 from represented import CASES, case
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel import attend
+from dit_accel import Layout, attend
+from dit_accel.blocks import Blocks
+from dit_accel.kernels import BlockList
+from dit_accel.plans import Plan
 from dit_accel.rows import sample, spread_slots, take, visible
 
 
@@ -53,6 +56,20 @@ def test_dead_keys_and_chunks_of_heads(monkeypatch):
     parts = sample(q, k, v, plan, every(plan), kv_valid=valid)
     for name in ("planned", "exact", "size", "kept"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+def test_a_top_p_mask_keeps_p_of_every_query_and_a_uniform_softmax_the_kept_share():
+    n, p = 40, 0.8
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, n, 16, generator=g).mul(2)
+    weights, order = ((q @ k.mT) / 4).softmax(-1).sort(descending=True)
+    mask = torch.zeros(weights.shape, dtype=torch.bool).scatter(-1, order, weights.cumsum(-1) - weights < p)
+    plan = Plan(Layout(grid=(1, 1, n)), Blocks.uniform(n, 1), Blocks.uniform(n, 1), BlockList.from_mask(mask))
+    kept = sample(q, k, v, plan, every(plan)).kept
+    assert (kept >= p - 1e-6).all()
+    assert kept.max() < 1
+    uniform = sample(torch.zeros_like(q), k, v, plan, every(plan)).kept
+    torch.testing.assert_close(uniform, mask.float().mean(-1))
 
 
 def test_slots_hold_both_ends_and_are_equal_for_equal_shifts():

@@ -71,6 +71,8 @@ def test_the_verdict(pair):
     assert verdict["speedup"]["loop"] == pytest.approx(dense["loop"] / fast["loop"])
     assert verdict["speedup"]["attention"] == pytest.approx(dense["attention"] / fast["attention"])
     assert dense["loop"] == sorted(verdict["loop_runs"]["dense"])[1]
+    assert verdict["loop_spread"]["dense"]["min"] == min(verdict["loop_runs"]["dense"])
+    assert verdict["loop_spread"]["accelerated"]["runs"] == 3
     density = result.fast[-1].attention["density"]
     assert verdict["effective_density"] == pytest.approx((1 + 2 * density) / 3)
     share = verdict["attention_share"]
