@@ -144,8 +144,10 @@ def test_every_method_and_tier_passes_and_fails_as_it_should(name, quant, tmp_pa
         assert one.passes(0, LATE, fine)
         broken = ran(method, layout, recipe, backend, _scaled)
         worse = [ran(method, layout, recipe, backend, _one_head)]
-        if quant != "int4":  # whose rounding is as large as what these change
-            worse += [broken, ran(method, layout, recipe, backend, _without_tail)]
+        if quant != "int4":  # whose rounding is as large as what a wrong scale changes
+            worse.append(broken)
+        if quant is None:  # a few keys are within what rounding to 8 bits is allowed
+            worse.append(ran(method, layout, recipe, backend, _without_tail))
         for bad in worse:
             assert one.look(0, LATE, bad)
             assert one.read()
