@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..layout import Layout
 
@@ -53,24 +54,35 @@ def block_mass(
     fresh, lowest = lse is None, torch.finfo(dtype).min
     if fresh:
         lse = torch.empty((batch, heads, rows), dtype=dtype, device=q.device)
-    some_heads, some_blocks = _chunk(q.device, heads, size, keys)
+    some_heads, some_blocks, strip = _chunk(q.device, heads, size, keys)
     for b in range(batch):
         dead = None if kv_valid is None else torch.arange(keys, device=q.device) >= kv_valid[b].to(q.device)
         for h in range(0, heads, some_heads):
-            which = torch.arange(h, min(h + some_heads, heads), device=k.device) // groups
-            columns = k[b].index_select(0, which).to(dtype).mT
-            for p in range(0, mass.shape[2], some_blocks):
-                at = (b, slice(h, h + some_heads), slice(p * size, (p + some_blocks) * size))
-                scores = (q[at].to(dtype) * scale) @ columns
-                if dead is not None:
-                    scores.masked_fill_(dead, -torch.inf)
-                offset = scores.amax(-1, keepdim=True).clamp_min_(lowest) if fresh else lse[at][..., None]
-                sums = _sums(scores.sub_(offset).exp_(), size)
+            own = slice(h, min(h + some_heads, heads))
+            columns = k[b].index_select(0, torch.arange(own.start, own.stop, device=k.device) // groups).to(dtype)
+            queries = q[b, own].to(dtype) * scale
+            if not fresh:
+                # The product subtracts the LSE as one channel more.
+                queries = torch.cat([queries, -lse[b, own, :, None]], -1)
+                columns = pad(columns, (0, 1), value=1)
+            for first in range(0, rows, strip * size):
+                part = queries[:, first : first + strip * size]
+                sums = part.new_empty((*part.shape[:2], mass.shape[-1]))
+                offset = part.new_empty((*part.shape[:2], 1)) if fresh else None
+                for row in range(0, part.shape[1], some_blocks * size):
+                    at = (slice(None), slice(row, row + some_blocks * size))
+                    scores = part[at] @ columns.mT
+                    if dead is not None:
+                        scores.masked_fill_(dead, -torch.inf)
+                    if fresh:
+                        offset[at] = top = scores.amax(-1, keepdim=True).clamp_min_(lowest)
+                        scores.sub_(top)
+                    sums[at] = _sums(scores.exp_(), size)
                 if fresh:
                     total = sums.sum(-1, keepdim=True)
-                    lse[at] = (offset + total.log()).clamp_min_(lowest)[..., 0]
+                    lse[b, own, first : first + strip * size] = (offset + total.log()).clamp_min_(lowest)[..., 0]
                     sums /= total.masked_fill(total == 0, 1)
-                mass[b, at[1], p : p + some_blocks] = _sums(sums.mT, size).mT
+                mass[b, own, first // size : first // size + strip] = _sums(sums.mT, size).mT
     return mass.clamp_max_(_LARGEST), lse
 
 
@@ -113,12 +125,14 @@ def kept(density: float, blocks: int) -> int:
     return min(max(round(density * blocks), 1), blocks)
 
 
-def _chunk(device: torch.device, heads: int, size: int, keys: int) -> tuple[int, int]:
-    """Heads and query blocks whose scores are held at once."""
+def _chunk(device: torch.device, heads: int, size: int, keys: int) -> tuple[int, int, int]:
+    """Heads and query blocks whose scores are held at once, and query blocks whose sums over key blocks are."""
     block = size * keys
     limit = CHUNK.get(device.type, CHUNK["cpu"])
     some_heads = min(max(limit // block, 1), heads)
-    return some_heads, max(limit // (some_heads * block), 1)
+    some_blocks = max(limit // (some_heads * block), 1)
+    strip = max(limit // (some_heads * size * -(-keys // size)), 1)
+    return some_heads, some_blocks, -(-strip // some_blocks) * some_blocks
 
 
 def _sums(x: Tensor, size: int) -> Tensor:

@@ -66,16 +66,17 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
         hidden = None if dead is None else dead[min(i, len(dead) - 1)]
         for first in range(0, h, some_heads):
             heads = torch.arange(first, min(first + some_heads, h), device=q.device)
-            wide = keys.index_select(0, heads // groups).mT
+            wide = keys.index_select(0, heads // groups)
             for row in range(0, m, some_rows):
                 which = rows[0, row : row + some_rows]
                 queries = q[i, first : first + some_heads].index_select(1, which.flatten()).to(dtype)
-                best = (queries @ wide).unflatten(-1, (n, per_column)).amax(-1)
+                # Queries last: maxima over few keys are slow where those lie side by side.
+                best = (wide @ queries.mT).unflatten(1, (n, per_column)).amax(2)
                 if hidden is not None:
-                    best = best.masked_fill(hidden, -torch.inf)
-                top = best.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
-                best = best.sub_(top).exp_().unflatten(1, (-1, per_row)).amax(2)
-                out[i, first : first + some_heads, row : row + some_rows] = best
+                    best = best.masked_fill(hidden[:, None], -torch.inf)
+                top = best.amax(1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+                best = best.sub_(top).exp_().unflatten(-1, (-1, per_row)).amax(-1)
+                out[i, first : first + some_heads, row : row + some_rows] = best.mT
     return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
 
 

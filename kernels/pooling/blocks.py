@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..select.api import on_gpu
+from .segments import live_segments, segment_sums, serves
 
 # Elements of the largest temporary, unless a single block of one head is larger.
 CHUNK = 1 << 22
@@ -51,6 +52,9 @@ def block_means(
 
         return triton.block_means(x, bounds, live=live, order=order)[::2]
     count = block_counts(bounds, live=live, order=order, device=x.device)
+    if serves(x) and (order is None or order.ndim == 1):
+        sums = segment_sums(x, *_segments(bounds, live, order))
+        return sums.div_(count[..., None].clamp_min(1)), count
     means = x.new_empty((*x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
     for part in _parts(x.shape, bounds, live, order, x.device):
         means[:, part.heads, part.blocks] = part.mean(part.load(x, dtype), count)
@@ -98,7 +102,7 @@ def block_statistics(
     order: Tensor | None = None,
     norms: bool = False,
 ) -> Statistics:
-    """Means of keys and values and the first-order moment of PISA (arXiv 2602.01077), in one pass over the tokens.
+    """Means of keys and values and the first-order moment of PISA (arXiv 2602.01077).
 
     k (B, Hk, N, D), v (B, Hk, N, Dv), the rest as in :func:`block_means`. The moments of single blocks, which together
     are larger than k and v, exist for a few blocks at a time, and only where their ``norms`` are asked for.
@@ -112,6 +116,9 @@ def block_statistics(
                 k, v, bounds, live=live, order=order, norms=norms
             )
             return Statistics(key, value, count, moment, norm)
+    if not norms and (int(bounds[0]), int(bounds[-1])) == (0, k.shape[2]):
+        (key, count), (value, _) = (block_means(x, bounds, live=live, order=order) for x in (k, v))
+        return Statistics(key, value, count, _total_moment(k, v, key, value, count, live), None)
     b, h, _, d = k.shape
     blocks, dv = len(bounds) - 1, v.shape[-1]
     count = block_counts(bounds, live=live, order=order, device=k.device)
@@ -119,7 +126,7 @@ def block_statistics(
     moment = k.new_zeros((b, h, d, dv), dtype=dtype)
     norm = k.new_empty((b, h, blocks), dtype=dtype) if norms else None
     for part in _parts(k.shape, bounds, live, order, k.device, per_block=d * dv if norms else 0):
-        keys, values = part.load(k, dtype), part.load(v, dtype)
+        keys, values = part.load(k, dtype), part.only_live(part.load(v, dtype))
         where = slice(None), part.heads, part.blocks
         key[where], value[where] = part.mean(keys, count), part.mean(values, count)
         deviation = part.only_live(keys - key[where][..., None, :])
@@ -130,6 +137,36 @@ def block_statistics(
         else:
             moment[:, part.heads] += deviation.flatten(2, 3).mT @ values.flatten(2, 3)
     return Statistics(key, value, count, moment, norm)
+
+
+def _total_moment(
+    k: Tensor, v: Tensor, key: Tensor, value: Tensor, count: Tensor, live: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Sum over all live tokens of (k - mean key of its block)^T v, without a token knowing its block.
+
+    It is the sum of (k - c)^T v over tokens less that of n (mean key - c)^T (mean value) over blocks, for any c. The
+    mean of all keys keeps both small where keys share a large bias.
+    """
+    weight = count[..., None].to(key.dtype)
+    centre = (key * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp_min(1)
+    between = ((key - centre) * weight).mT @ value
+    total = torch.empty_like(between)
+    room = max(CHUNK // max(k[:, 0].numel(), 1), 1)
+    for head in range(0, k.shape[1], room):
+        some = slice(head, head + room)
+        keys, values = k[:, some].to(key.dtype) - centre[:, some], v[:, some].to(key.dtype)
+        if live is not None:
+            keys, values = (x.masked_fill(~live[:, None, :, None], 0) for x in (keys, values))
+        total[:, some] = keys.mT @ values
+    return total - between
+
+
+def _segments(bounds: Tensor, live: Tensor | None, order: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """The blocks as segments of live tokens, per sample or for all."""
+    first, stop = int(bounds[0]), int(bounds[-1])
+    tokens = torch.arange(first, stop) if order is None else order[first:stop]
+    starts = bounds[:-1] - first
+    return ([tokens], [starts]) if live is None else live_segments(tokens, starts, live[:, tokens])
 
 
 @dataclass(frozen=True, eq=False)

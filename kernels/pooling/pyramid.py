@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .segments import live_segments, segment_sums, serves
+
 # Elements of the largest temporary, unless a single head is larger.
 CHUNK = 1 << 22
 
@@ -24,12 +26,28 @@ def pyramid_means(x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int]
     if not levels:
         return []
     counts = pyramid_counts(live, levels)
+    if serves(x):
+        return _summed(x, tokens, live, levels, counts)
     means = [x.new_empty((*x.shape[:2], count.shape[-1], x.shape[-1])) for count in counts]
     for heads, places in _parts(x, tokens):
         sums, done = places.masked_fill_(~live.flatten(1)[:, None, :, None], 0), 1
         for level, count, mean in zip(levels, counts, means, strict=True):
             sums, done = sums.unflatten(2, (-1, level // done)).sum(3), level
             mean[:, heads] = (sums / count[..., None].clamp_min(1)).to(x.dtype)
+    return means
+
+
+def _summed(
+    x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int], counts: list[Tensor]
+) -> list[Tensor]:  # fmt: skip
+    """The finest level as segments of live tokens, the others from it."""
+    starts = torch.arange(0, tokens.numel(), levels[0])
+    sums, done = segment_sums(x, *live_segments(tokens.flatten(), starts, live.flatten(1))), levels[0]
+    means = []
+    for level, count in zip(levels, counts, strict=True):
+        if level > done:
+            sums, done = sums.unflatten(2, (-1, level // done)).sum(3), level
+        means.append(sums / count[..., None].clamp_min(1))
     return means
 
 

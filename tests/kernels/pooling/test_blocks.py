@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.kernels.pooling import block_means, block_spreads, block_statistics
+from dit_accel.kernels.pooling import block_means, block_spreads, block_statistics, segments
 from dit_accel.kernels.pooling import blocks as implementation
 
 SIZES = {
@@ -79,8 +79,9 @@ def test_spreads_are_mean_absolute_deviations(name, dead, order, monkeypatch):
     monkeypatch.setattr(implementation, "CHUNK", 200)
     k, _, bounds, more = case(SIZES[name], dead=dead, order=order)
     means, spreads, count = block_spreads(k, bounds, **more)
-    for x, y in zip((means, count), block_means(k, bounds, **more), strict=True):
-        assert torch.equal(x, y)
+    known, counted = block_means(k, bounds, **more)
+    torch.testing.assert_close(means, known)
+    assert torch.equal(count, counted)
     for b, h in ((0, 0), (1, 2)):
         slots = torch.arange(k.shape[2]) if order is None else more["order"] if order == "shared" else more["order"][h]
         for j in range(len(bounds) - 1):
@@ -90,13 +91,14 @@ def test_spreads_are_mean_absolute_deviations(name, dead, order, monkeypatch):
             torch.testing.assert_close(spreads[b, h, j].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_dead_and_foreign_tokens_do_not_reach_the_statistics():
+@pytest.mark.parametrize("norms", [False, True])
+def test_dead_and_foreign_tokens_do_not_reach_the_statistics(norms):
     k, v, bounds, more = case(SIZES["ragged"], dead=True, order="shared")
-    before = block_statistics(k, v, bounds, **more, norms=True)
+    before = block_statistics(k, v, bounds, **more, norms=norms)
     for x in (k, v):
-        x[~more["live"][:, None].expand(B, H, -1)] = 1e6
-    after = block_statistics(k, v, bounds, **more, norms=True)
-    for name in ("key", "value", "moment", "norm"):
+        x[~more["live"][:, None].expand(B, H, -1)] = torch.nan
+    after = block_statistics(k, v, bounds, **more, norms=norms)
+    for name in ("key", "value", "moment", *(["norm"] if norms else [])):
         assert torch.equal(getattr(before, name), getattr(after, name))
 
 
@@ -115,6 +117,28 @@ def test_strided_heads_are_the_same():
     k, _, bounds, _ = case(SIZES["tail"])
     strided = k.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(block_means(strided, bounds)[0], block_means(k, bounds)[0])
+
+
+def test_a_common_bias_of_the_keys_does_not_cost_the_moment_its_digits():
+    k, v, bounds, more = case(SIZES["uniform"])
+    _, _, _, moment = brute(k, v, bounds, **more)
+    biased = block_statistics(k + 100, v, bounds).moment
+    torch.testing.assert_close(biased.double(), moment.sum(2), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_means_on_cpu_are_segments_of_rows(strided, monkeypatch):
+    """Heads that lie side by side are added together: one pass per sample, else one per head."""
+    passes = []
+    real = segments.embedding_bag
+    monkeypatch.setattr(segments, "embedding_bag", lambda *a, **kw: passes.append(a[1].shape) or real(*a, **kw))
+    k, _, bounds, _ = case(SIZES["tail"])
+    block_means(k.transpose(1, 2).contiguous().transpose(1, 2) if strided else k, bounds)
+    assert passes == [(35, H * D)] * B if strided else [(35, D)] * B * H
+    passes.clear()
+    block_means(k.double(), bounds)
+    block_means(k.bfloat16(), bounds)
+    assert not passes
 
 
 class Largest(TorchDispatchMode):
