@@ -1,0 +1,106 @@
+"""Planning as a share of attention time over a run: ``python -m dit_accel.eval.planning_share``
+
+One layer lives through the steps of a run on random q, k and v, dense steps included, as a pipeline would call it: what
+a method searches for once, it searches for once. Attention is everything between q, k, v and the output, planning,
+lowering and dense calls included. The default shape is the bundled model's, one guidance branch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import attend, plan
+from ..layout import Layout
+from ..methods import find
+from ..processors import Processor
+from ..state import State
+from ..step import Step
+from .environment import environment
+from .methods import PARAMETERS, split
+
+DYNAMIC = ("adaspa", "vmoba", "pisa", "rectified", "pyramid")
+DENSITIES = (0.5, 0.25, 0.15)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``grid`` (T, H, W) of tokens, ``heads`` of ``dim`` channels, ``steps`` of a run."""
+
+    grid: tuple[int, int, int] = (33, 8, 10)
+    heads: int = 4
+    dim: int = 32
+    steps: int = 30
+
+
+def measure(name: str, shape: Shape, repeats: int = 3) -> dict[str, Any]:
+    """Seconds of the run's planning and attention, the least of ``repeats`` runs of ``METHOD@DENSITY``, and the share.
+
+    Raises ``UsageError`` for a name that is not understood.
+    """
+    kind, density, _ = split(name)
+    layout = Layout(shape.grid)
+    method = find(kind)(**PARAMETERS.get(kind, {}))
+    if density is not None:
+        method, density = method.with_density(density, layout)
+    processor = Processor(method)
+    g = torch.Generator().manual_seed(0)
+    # Heads side by side in memory, as projections leave them.
+    size = (1, layout.tokens, shape.heads, shape.dim)
+    q, k, v = (torch.randn(size, generator=g).transpose(1, 2) for _ in range(3))
+    runs = [_run(processor, q, k, v, layout, shape.steps) for _ in range(repeats + 1)][1:]
+    best = min(runs, key=lambda run: run["attention"])
+    found = {"method": name, "density": density, "dense_steps": len(processor.dense_steps(shape.steps))}
+    return {**found, **best, "share": best["planning"] / best["attention"]}
+
+
+def _run(processor: Processor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, steps: int) -> dict[str, float]:
+    state, planning = State(), 0.0
+    started = time.perf_counter()
+    for index in range(steps):
+        step = Step(index=index, total=steps)
+        made, method = None, processor.method
+        if not processor.schedule.is_dense(step, 0):
+            before = time.perf_counter()
+            made = plan(q, k, v, method, layout=layout, step=step, state=state)
+            planning += time.perf_counter() - before
+        attend(q, k, v, plan=made, layout=layout, step=step)
+    return {"planning": planning, "attention": time.perf_counter() - started}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.eval.planning_share", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("methods", nargs="*", help="METHOD@DENSITY (default: those that plan every call, at 0.5, 0.25 and 0.15)")
+    add("--grid", default="33x8x10", help="T x H x W in tokens (default: 33x8x10)")
+    add("--heads", type=int, default=Shape.heads)
+    add("--dim", type=int, default=Shape.dim)
+    add("--steps", type=int, default=Shape.steps)
+    add("--json", action="store_true")
+    args = parser.parse_args(argv)
+    shape = Shape(tuple(int(n) for n in args.grid.split("x")), args.heads, args.dim, args.steps)
+    names = args.methods or [f"{method}@{density:g}" for method in DYNAMIC for density in DENSITIES]
+    rows = []
+    for name in names:
+        rows.append(row := measure(name, shape))
+        if not args.json:
+            spent = f"planning {row['planning']:6.3f} s of {row['attention']:6.3f} s"
+            print(f"{name:<16} {spent}: {row['share']:.1%}", flush=True)
+    if args.json:
+        shown = {"grid": list(shape.grid), "heads": shape.heads, "dim": shape.dim, "steps": shape.steps}
+        print(json.dumps({"schema": 1, **shown, "rows": rows, "environment": environment()}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
