@@ -1,7 +1,7 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory and matrix instructions.
 
-``python -m dit_accel.eval.compiled -o eval/results/compiled.json`` compiles each variant for sm80, sm89, sm90 and sm100
-with the sizes of ``kernels.tuning``, disassembles it and looks into the loops that hold matrix instructions.
+``python -m dit_accel.eval.compiled --dim 128 -o eval/results/compiled.json`` compiles each variant for sm80, sm89, sm90
+and sm100 with the sizes of ``kernels.tuning``, disassembles it and looks into the loops that hold matrix instructions.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if chosen.output:
-        command = "python -m dit_accel.eval.compiled"
+        command = "python -m dit_accel.eval.compiled --dim " + " ".join(map(str, chosen.dim))
         table = {"schema": 1, "command": command, "triton": triton.__version__, "rows": rows}
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
         chosen.output.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,5 +1,9 @@
 """The table of compiled kernels: how machine code is read, and what the stored table says."""
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,6 +40,18 @@ def test_arguments_are_signed_as_a_launch_would():
     ]  # fmt: skip
     assert constants == {(1,): None, (2,): 1, (6, 1): 1}
     assert set(attributes) == {(0,), (3,), (6, 0)}
+
+
+def test_the_stored_table_is_whole_and_its_main_loops_spill_nothing():
+    table = json.loads((Path(compiled.__file__).parent / "results/compiled.json").read_text())
+    keys = {(row["arch"], row["head_dim"], row["variant"]) for row in table["rows"]}
+    every = itertools.product(compiled.ARCHITECTURES, (128,), compiled.VARIANTS)
+    assert keys == {(f"sm{arch}", dim, name) for arch, dim, name in every}
+    for row in table["rows"]:
+        assert row["shared_kib"] <= compiled.SHARED_LIMIT[int(row["arch"][2:])]
+        assert row["matrix"]
+        if row["variant"] == "full":
+            assert row["loop_spills"] == 0
 
 
 def test_an_unknown_variant_is_a_usage_error(capsys):
