@@ -62,14 +62,14 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
     some_heads = min(max(limit // (per_row * n * per_column), 1), h)
     some_rows = max(limit // (some_heads * per_row * n * per_column), 1)
     for i in range(b):
-        keys = k[i].index_select(1, columns[min(i, len(columns) - 1)].flatten()).to(dtype) * scale
+        keys = _gathered(k[i], columns[min(i, len(columns) - 1)]).to(dtype) * scale
         hidden = None if dead is None else dead[min(i, len(dead) - 1)]
         for first in range(0, h, some_heads):
             heads = torch.arange(first, min(first + some_heads, h), device=q.device)
             wide = keys.index_select(0, heads // groups)
             for row in range(0, m, some_rows):
                 which = rows[0, row : row + some_rows]
-                queries = q[i, first : first + some_heads].index_select(1, which.flatten()).to(dtype)
+                queries = _gathered(q[i, first : first + some_heads], which).to(dtype)
                 # Queries last: maxima over few keys are slow where those lie side by side.
                 best = (wide @ queries.mT).unflatten(1, (n, per_column)).amax(2)
                 if hidden is not None:
@@ -78,6 +78,11 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
                 best = best.sub_(top).exp_().unflatten(-1, (-1, per_row)).amax(-1)
                 out[i, first : first + some_heads, row : row + some_rows] = best.mT
     return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens of x (H, N, D), token by token: heads mostly lie side by side in memory."""
+    return x.transpose(0, 1).index_select(0, tokens.flatten()).transpose(0, 1)
 
 
 def quota_ends(blocks: int, bounds: Sequence[float], steps: Sequence[int]) -> list[int]:
