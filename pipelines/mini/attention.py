@@ -36,10 +36,23 @@ class TrainingAttention:
                 cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
                 query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
             dtype = torch.float32 if out_dtype is None else out_dtype
-            query, key, value = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-            out = out.transpose(1, 2).flatten(2, 3)
+            attend = self.to_itself if encoder_hidden_states is None else attention
+            out = attend(*(x.to(dtype) for x in (query, key, value)), attention_mask).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](out))
+
+    def to_itself(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Self-attention of (B, N, H, D) after rotation, in that shape."""
+        return attention(query, key, value, mask)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scaled dot-product attention in the layout (B, N, H, D)."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

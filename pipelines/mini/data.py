@@ -37,13 +37,20 @@ def shard_scenes(seed: int, index: int, count: int = SHARD) -> list[Scene]:
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderKLWan, scenes: list[Scene], mapper: Callable = map, batch: int = 8) -> torch.Tensor:
-    """Normalised latents, float16 (N, C, T', H/8, W/8), of the full clips of ``scenes``; ``mapper`` draws them."""
+def encode_shard(
+    vae: AutoencoderKLWan,
+    scenes: list[Scene],
+    mapper: Callable = map,
+    batch: int = 8,
+    show: Callable[[Scene], np.ndarray] = draw,
+) -> torch.Tensor:
+    """Normalised latents, float16 (N, C, T', H/8, W/8), of the clips that ``show`` draws of ``scenes`` (default: the
+    full ones), through ``mapper``."""
     device = next(vae.parameters()).device
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     result = []
-    clips = list(mapper(draw, scenes))
+    clips = list(mapper(show, scenes))
     for start in range(0, len(scenes), batch):
         z = vae.encode(to_tensor(np.stack(clips[start : start + batch])).to(device)).latent_dist.mode().float().cpu()
         result.append(((z - mean) / std).half())
@@ -59,9 +66,10 @@ def encode_shards(
     size: int = SHARD,
     workers: int = 0,
     batch: int = 8,
+    encode: Callable[..., torch.Tensor] = encode_shard,
 ) -> bool:
     """Writes the missing shards in order; returns whether all exist. ``deadline`` is in ``time.monotonic`` seconds,
-    ``workers`` processes draw (0: this one), ``batch`` clips are encoded at once."""
+    ``workers`` processes draw (0: this one), ``batch`` clips are encoded at once by ``encode``."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else nullcontext()
     with pool as executor:
@@ -72,7 +80,7 @@ def encode_shards(
             if deadline is not None and time.monotonic() > deadline:
                 return False
             scenes = shard_scenes(seed, index, size)
-            latents = encode_shard(vae, scenes, executor.map if executor else map, batch)
+            latents = encode(vae, scenes, executor.map if executor else map, batch)
             save_atomic({"latents": latents, "scenes": [asdict(s) for s in scenes]}, path)
     return True
 

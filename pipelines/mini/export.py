@@ -48,6 +48,19 @@ def build_pipeline(
     )
 
 
+def save_transformer(transformer: WanTransformer3DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Saves a transformer in ``dtype``; it is cast in place."""
+    transformer.to(dtype).save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder / "config.json")
+
+
+def _forget_origin(config: Path) -> None:
+    # The folder a part was loaded from says nothing to whoever gets it.
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def save(pipeline: WanPipeline, folder: Path, defaults: dict | None = None, dtype: torch.dtype = torch.float16) -> None:
     """Saves ``pipeline`` to ``folder`` in ``dtype`` together with ``mini.json``, the default render settings."""
     parts = {name: getattr(pipeline, name) for name in ("text_encoder", "transformer", "vae")}
@@ -61,8 +74,5 @@ def save(pipeline: WanPipeline, folder: Path, defaults: dict | None = None, dtyp
             part.to(torch.float32)
             part.load_state_dict(before[name])
     for config in folder.rglob("config.json"):
-        # The folder a part was loaded from says nothing to whoever gets the pipeline.
-        values = json.loads(config.read_text())
-        values.pop("_name_or_path", None)
-        config.write_text(json.dumps(values, indent=2) + "\n")
+        _forget_origin(config)
     (folder / "mini.json").write_text(json.dumps(DEFAULTS | (defaults or {}), indent=2) + "\n")

@@ -13,8 +13,9 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,12 @@ class Schedule:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def schedule_of(part: dict[str, Any]) -> Schedule:
+    """The schedule in a stage's part of a config; its other keys are not looked at."""
+    names = {field.name for field in fields(Schedule)}
+    return Schedule(**{key: value for key, value in part.items() if key in names})
 
 
 def is_table(key: str) -> bool:

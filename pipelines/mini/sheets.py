@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+from ..streaming.config import CacheConfig
+from ..streaming.steps import Steps
 from .export import DEFAULTS
 from .vae import clip_batch, to_video
 
@@ -22,6 +24,11 @@ PROMPTS = (
     "a cyan star rotates on a gradient black background",
     "a pink circle above a blue square moves right on a white background",
 )
+
+
+#: Memory and steps of :func:`stream_sheet`.
+CONFIG = CacheConfig("deep_sink", window_frames=12, sink_frames=6)
+STEPS = Steps(renoise="predicted")
 
 
 def save_rows(rows: list[np.ndarray], path: Path, scale: int = 2) -> None:
@@ -54,6 +61,19 @@ def sample_sheet(pipeline: WanPipeline, path: Path, prompts: tuple[str, ...] = P
     pipeline.set_progress_bar_config(disable=True)
     videos = render(pipeline, list(prompts), num_inference_steps=steps)
     save_rows([video[::8] for video in videos], path)
+
+
+def stream_sheet(pipeline: WanPipeline, path: Path, prompts: tuple[str, ...], seconds: float = 6.0) -> None:
+    """One row of frames per prompt, evenly from the whole length, streamed with sinks as the bundled model does."""
+    from ..streaming.pipeline import StreamingPipeline
+
+    streaming = StreamingPipeline(pipeline, CONFIG, steps=STEPS, fps=DEFAULTS["fps"])
+    size = {key: DEFAULTS[key] for key in ("height", "width", "max_sequence_length")}
+    rows = []
+    for seed, prompt in enumerate(prompts):
+        frames = np.concatenate(list(streaming.stream(prompt, seconds=seconds, generator=seed, **size)))
+        rows.append((frames[:: max(len(frames) // 12, 1)][:12] * 255 + 0.5).astype(np.uint8))
+    save_rows(rows, path)
 
 
 def loss_curve(folder: Path) -> None:

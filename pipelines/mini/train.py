@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan
 
 from . import export, sheets
 from .data import SHARD, Latents, encode_shards
-from .loop import Schedule, Stage
+from .loop import Stage, schedule_of
 from .model import Denoiser, build_transformer, denoising_loss
 from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
 from .vae import build_vae, clip_batch, latent_statistics, vae_loss
@@ -27,19 +27,16 @@ from .vae import build_vae, clip_batch, latent_statistics, vae_loss
 STAGES = ("vae", "encode", "refine", "denoiser", "export")
 
 
-def load_config(name: str) -> dict[str, Any]:
-    """Reads a shipped config (``cpu``, ``gpu``) or a JSON file."""
-    shipped = Path(__file__).parent / f"config_{name}.json"
+def load_config(name: str, kind: str = "") -> dict[str, Any]:
+    """Reads a shipped config of ``kind`` (``cpu``, ``gpu``) or a JSON file."""
+    prefix = f"config_{kind}"
+    shipped = Path(__file__).parent / f"{prefix}{name}.json"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem.removeprefix("config_") for p in shipped.parent.glob("config_*.json")))
+        found = (p.stem.removeprefix(prefix) for p in shipped.parent.glob(f"{prefix}*.json"))
+        known = ", ".join(sorted(stem for stem in found if "_" not in stem))
         raise SystemExit(f"--config {name!r} is neither a file nor a shipped config; shipped: {known}")
     return json.loads(path.read_text())
-
-
-def _schedule(part: dict[str, Any]) -> Schedule:
-    names = ("steps", "lr", "warmup", "ema", "floor", "weight_decay", "curve")
-    return Schedule(**{k: part[k] for k in names if k in part})
 
 
 class Run:
@@ -55,7 +52,7 @@ class Run:
             name,
             module,
             loss,
-            _schedule(part),
+            schedule_of(part),
             self.out,
             seed=self.seed,
             autocast=self.config["autocast"],

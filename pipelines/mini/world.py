@@ -171,8 +171,17 @@ class Track:
     angle: np.ndarray
 
 
+def bounce(times: np.ndarray) -> np.ndarray:
+    """``times`` of 0 and more folded back and forth into 0..1, where they are unchanged."""
+    lap = times % 2
+    return np.where(lap <= 1, lap, 2 - lap)
+
+
 def tracks(scene: Scene, times: np.ndarray, height: int = HEIGHT, width: int = WIDTH) -> list[Track]:
-    """Where every object of ``scene`` is at ``times`` (T,), in 0..1 of the clip."""
+    """Where every object of ``scene`` is at ``times`` (T,), in 0..1 of the clip.
+
+    Later times carry it on without an end: paths and growth go back and forth, turning and circling continue.
+    """
     rng = np.random.default_rng(scene.seed)
     scale = min(height / HEIGHT, width / WIDTH)
     related = scene.relation is not None
@@ -182,7 +191,7 @@ def tracks(scene: Scene, times: np.ndarray, height: int = HEIGHT, width: int = W
     phase = rng.uniform(0, 2 * np.pi)
     size = np.full_like(times, radius)
     if scene.motion == "grow":
-        size = (5.0 + 13.0 * times) * scale
+        size = (5.0 + 13.0 * bounce(times)) * scale
     reach = float(size.max()) + 1.0
     free = np.array([width / 2 - reach, height / 2 - reach])
     center = np.array([width / 2, height / 2])
@@ -196,7 +205,7 @@ def tracks(scene: Scene, times: np.ndarray, height: int = HEIGHT, width: int = W
             step = np.sign(direction) * free * 0.9
         # Jitter along the path would push the ends out of the frame, so it only acts across it.
         jitter = np.where(abs(direction) > 0, 0.0, jitter)
-        offset = (2 * times - 1)[:, None] * step * TRAVEL[scene.speed]
+        offset = (2 * bounce(times) - 1)[:, None] * step * TRAVEL[scene.speed]
     else:
         offset = np.zeros((len(times), 2))
     if scene.motion == "circling":
@@ -276,8 +285,8 @@ def background(scene: Scene, times: np.ndarray, height: int, width: int) -> np.n
 def draw(
     scene: Scene, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, times: np.ndarray | None = None
 ) -> np.ndarray:
-    """Draws ``scene`` anti-aliased: uint8 (T, H, W, 3). ``times`` (T,) in 0..1 picks other moments than ``frames``
-    even ones."""
+    """Draws ``scene`` anti-aliased: uint8 (T, H, W, 3). ``times`` (T,) picks other moments than ``frames``
+    even ones in 0..1, the length of a clip; see :func:`tracks` for later ones."""
     if times is None:
         times = np.arange(frames) / max(frames - 1, 1)
     times = np.asarray(times, np.float64)

@@ -17,7 +17,7 @@ from .attention import Dense, Pass, WindowAttention
 from .rotation import Rotary
 
 
-class _Unrotated(nn.Module):
+class Unrotated(nn.Module):
     """In the place of the model's rotary embedding: attention gets keys before rotation, which the cache stores."""
 
     def forward(self, hidden_states: Tensor) -> None:
@@ -80,7 +80,7 @@ class Host:
         stock = [module.processor for module in modules]
         ops.ENGINES[self.id] = self
         try:
-            model.rope = _Unrotated()
+            model.rope = Unrotated()
             for layer, module in enumerate(modules):
                 module.processor = adopt(module.processor, torch.tensor([self.id, layer]))
             yield self
