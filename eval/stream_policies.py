@@ -1,32 +1,35 @@
 """Cache policies on the same prompts and seeds: how well long clips hold up, with paired intervals, and at what memory.
 
-``python -m dit_accel.eval.stream_policies`` streams 20 fixed prompts x 2 seeds of the bundled world for 30 s under
-every policy (hours on a CPU; ``--seconds``, ``--prompts`` and ``--seeds`` make it shorter).
+``python -m dit_accel.eval.stream_policies -o FILE`` streams 20 fixed prompts x 2 seeds of the bundled world for 30 s
+under every policy (hours on a CPU; ``--seconds``, ``--prompts`` and ``--seeds`` make it shorter). The file is written
+after every clip, and the same command continues an interrupted one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
+from ..pipelines.model import fingerprint
 from ..pipelines.prompts import Prompt, read_prompts
-from ..pipelines.streaming.job import Clip, StreamJob, plan_stream, run_stream
+from ..pipelines.streaming.job import Clip, StreamJob, StreamPlan, plan_stream, run_stream
 from .shapes.suite import bootstrap
 from .streaming import StreamJudge
 
-MEASURES = ("drift", "dynamic", "persistence", "persistence_late")
+MEASURES = ("drift", "dynamic", "persistence", "persistence_late", "colour")
 BASE = "window"
 POLICIES = ("window", "sink", "deep_sink", "deep_sink+pc", "ema_sink")
-# Seconds of video after which memory must not grow any more.
-WARM = 5.0
+SCHEMA = 1
 
 
 def fixed_prompts() -> list[Prompt]:
@@ -34,22 +37,32 @@ def fixed_prompts() -> list[Prompt]:
     return read_prompts(Path(str(resources.files("dit_accel.assets") / "prompts" / "stream-20.txt")))
 
 
-def measure(job: StreamJob, seeds: Sequence[int], say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Rows and their comparison, as plain JSON values. The prompts and policies are the job's, each with every seed."""
-    prompts = tuple(replace(prompt, seed=seed) for prompt in job.prompts for seed in seeds)
+def measure(
+    job: StreamJob, seeds: Sequence[int], out: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Rows and their comparison, as plain JSON values, written to ``out`` after every clip.
+
+    The prompts and policies are the job's, each prompt with every seed; all policies of a prompt and seed come before
+    the next. Raises ``UsageError`` where ``out`` holds rows of other settings.
+    """
+    prompts = tuple(replace(prompt, seed=seed) for seed in seeds for prompt in job.prompts)
     plan = plan_stream(replace(job, prompts=prompts))
-    resident: dict[Path, dict[str, int]] = {}
+    wanted = [_key(clip) for clip in plan.clips]
+    document = _continued(out, _described(plan))
+    done = {(row["policy"], row["prompt"], row["seed"]) for row in document["rows"]}
+    plan.clips = [clip for clip in plan.clips if _key(clip) not in done]
 
     def listen(event: str, data: dict[str, Any]) -> None:
-        if event == "chunk" and data["stats"].frames >= WARM * plan.fps:
-            found = _resident()
-            resident.setdefault(data["clip"].file, {"warm": found, "end": found})["end"] = found
         if event == "end":
-            say(data["clip"].file.name)
+            document["rows"].append(_row(data["clip"]))
+            _summarise(document, wanted)
+            _save(out, document)
+            say(f"{len(document['rows'])} of {len(wanted)}: {data['clip'].file.name}")
 
-    run_stream(plan, judge=lambda prompt: StreamJudge(prompt, plan.fps), listen=listen)
-    rows = [_row(clip, resident.get(clip.file)) for clip in plan.clips]
-    return {"seconds": job.seconds, "model": plan.info.name, "rows": rows, "policies": compare(rows)}
+    _summarise(document, wanted)
+    if plan.clips:
+        run_stream(plan, judge=lambda prompt: StreamJudge(prompt, plan.fps), listen=listen)
+    return document
 
 
 def compare(rows: Sequence[dict[str, Any]], base: str = BASE) -> dict[str, dict[str, Any]]:
@@ -76,7 +89,8 @@ def compare(rows: Sequence[dict[str, Any]], base: str = BASE) -> dict[str, dict[
 
 def report(found: dict[str, Any]) -> list[str]:
     """The comparison as lines of text."""
-    lines = []
+    covered = found["covered"]
+    lines = [f"{covered['pairs']} of {covered['wanted']} prompts x seeds, {found['settings']['seconds']:g} s each"]
     for policy, measures in found["policies"].items():
         parts = []
         for name, entry in measures.items():
@@ -84,44 +98,76 @@ def report(found: dict[str, Any]) -> list[str]:
             change = entry.get("change")
             parts.append(f"{name} {text}" + (f" ({change['low']:+.2g} .. {change['high']:+.2g})" if change else ""))
         lines.append(f"{policy}: {', '.join(parts)}")
-    grown = [row["resident_growth"] for row in found["rows"] if row["resident_growth"] is not None]
-    if grown:
-        lines.append(f"resident memory from {WARM:g} s to the end: at most {max(grown):+.1%}")
     return lines
 
 
-def _row(clip: Clip, resident: dict[str, int] | None) -> dict[str, Any]:
-    growth = resident["end"] / resident["warm"] - 1 if resident and resident["warm"] else None
+def _summarise(document: dict[str, Any], wanted: list[tuple[str, str, int]]) -> None:
+    """Compare what has been rendered under every policy; a prompt under way counts for none."""
+    policies = list(dict.fromkeys(policy for policy, *_ in wanted))
+    done = {(row["policy"], row["prompt"], row["seed"]) for row in document["rows"]}
+    pairs = list(dict.fromkeys((prompt, seed) for _, prompt, seed in wanted))
+    whole = [pair for pair in pairs if all((policy, *pair) in done for policy in policies)]
+    rows = [row for row in document["rows"] if (row["prompt"], row["seed"]) in whole]
+    document["covered"] = {"pairs": len(whole), "wanted": len(pairs)}
+    document["policies"] = compare(rows)
+
+
+def _described(plan: StreamPlan) -> dict[str, Any]:
+    """What makes rows comparable: another value is another run. Prompts and seeds may be added."""
+    caches = {clip.policy: clip.config.to_dict() for clip in plan.clips}
+    weights = fingerprint(Path(plan.transformer)) if plan.transformer else plan.info.revision or plan.info.fingerprint()
     return {
-        "policy": clip.policy, "prompt": clip.prompt.text, "seed": clip.prompt.seed, "file": clip.file.name,
-        "cache_bytes": clip.stats["cache_bytes"], "fps_made": clip.stats["fps_made"], "resident_growth": growth,
+        "model": plan.info.name, "weights": weights, "seconds": plan.job.seconds, "fps": plan.fps,
+        "steps": json.loads(json.dumps(asdict(plan.steps))), "guidance": plan.guidance, "caches": caches,
+    }  # fmt: skip
+
+
+def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
+    empty = {"schema": SCHEMA, "settings": described, "rows": []}
+    if out is None or not out.is_file():
+        return empty
+    old = json.loads(out.read_text(encoding="utf-8"))
+    if old.get("settings") != described:
+        raise UsageError(f"{out} holds rows made with other settings; give another file or remove it")
+    return old
+
+
+def _save(out: Path | None, document: dict[str, Any]) -> None:
+    if out is not None:
+        part = out.with_name(out.name + ".partial")
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, out)
+
+
+def _key(clip: Clip) -> tuple[str, str, int]:
+    return clip.policy, clip.prompt.text, clip.prompt.seed
+
+
+def _row(clip: Clip) -> dict[str, Any]:
+    return {
+        "policy": clip.policy, "prompt": clip.prompt.text, "seed": clip.prompt.seed,
+        "cache_bytes": clip.stats["cache_bytes"], "fps_made": clip.stats["fps_made"],
         **{name: clip.judged[name] for name in MEASURES},
     }  # fmt: skip
 
 
-def _resident() -> int:
-    """Pages of this process in memory; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.stream_policies", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.eval.stream_policies", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--prompts", type=int, default=20, help="the first so many of the fixed ones")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--model", help="default: the bundled one")
-    parser.add_argument("-o", "--out", default="stream-policies")
+    parser.add_argument("--clips", default="stream-policies", help="folder for the videos (default: stream-policies)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("stream-policies.json"))
     args = parser.parse_args(argv)
     job = StreamJob(
-        tuple(fixed_prompts()[: args.prompts]), Path(args.out), seconds=args.seconds, model=args.model,
+        tuple(fixed_prompts()[: args.prompts]), Path(args.clips), seconds=args.seconds, model=args.model,
         policies=tuple(args.policies.split(",")), overwrite=True,
     )  # fmt: skip
-    found = measure(job, range(1, args.seeds + 1), say=lambda text: print(text, file=sys.stderr, flush=True))
-    (job.out / "policies.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = measure(job, range(1, args.seeds + 1), args.out, lambda text: print(text, file=sys.stderr, flush=True))
     print("\n".join(report(found)))
     return 0
 

@@ -23,8 +23,9 @@ class StreamJudge:
         self._last: deque[np.ndarray] = deque(maxlen=self._second)
         self._changes: list[float] = []
         self._previous: np.ndarray | None = None
-        self._colors = _colors_of(prompt)
-        self._shown: list[bool] = []
+        self._expected = _objects_of(prompt)
+        self._whole: list[bool] = []
+        self._right: list[float] = []
 
     def add(self, frames: np.ndarray) -> None:
         """The next frames of the clip."""
@@ -37,28 +38,38 @@ class StreamJudge:
             if self._previous is not None:
                 self._changes.append(float(np.abs(frame.astype(np.int16) - self._previous).mean()))
             self._previous = frame.astype(np.int16)
-            if self._colors:
-                from .shapes.measure import find_blobs
-
-                self._shown.append(self._colors <= {blob.color for blob in find_blobs(frame)})
+            if self._expected:
+                self._look(frame)
 
     def verdict(self) -> dict[str, Any]:
         """``drift``: distance of the last second's colours from the first's, mean and standard deviation per channel,
         in grey levels (0 is none). ``dynamic``: mean absolute change from frame to frame, in grey levels.
-        ``persistence``: share of frames that show every colour of the caption's objects, ``persistence_late`` of the
-        second half alone; None where the caption does not tell or OpenCV is missing.
+        ``persistence``: share of frames with as many objects as the caption tells, ``persistence_late`` of the second
+        half alone. ``colour``: share of the caption's objects that are there in their colour, over all frames. The last
+        three are None where the caption does not tell or OpenCV is missing.
         """
-        half = self._shown[len(self._shown) // 2 :]
+        half = self._whole[len(self._whole) // 2 :]
         return {
             "drift": float(np.linalg.norm(np.mean(self._last, 0) - np.mean(self._first, 0))),
             "dynamic": float(np.mean(self._changes)) if self._changes else 0.0,
-            "persistence": float(np.mean(self._shown)) if self._shown else None,
+            "persistence": float(np.mean(self._whole)) if self._whole else None,
             "persistence_late": float(np.mean(half)) if half else None,
+            "colour": float(np.mean(self._right)) if self._right else None,
         }
 
+    def _look(self, frame: np.ndarray) -> None:
+        from .shapes.measure import find_blobs
 
-def _colors_of(prompt: str) -> set[str]:
-    """Colours of the caption's objects; empty where they cannot be read or looked for."""
+        missing, blobs = list(self._expected), find_blobs(frame)
+        self._whole.append(len(blobs) == len(missing))
+        for blob in blobs:
+            if blob.color in missing:
+                missing.remove(blob.color)
+        self._right.append(1 - len(missing) / len(self._expected))
+
+
+def _objects_of(prompt: str) -> list[str]:
+    """Colours of the caption's objects, one each; empty where they cannot be read or looked for."""
     from dit_accel.pipelines.mini.captions import parse
 
     from .shapes.measure import need_opencv
@@ -67,5 +78,5 @@ def _colors_of(prompt: str) -> set[str]:
         need_opencv()
         scene = parse(prompt)
     except (ValueError, UnsupportedError):
-        return set()
-    return {scene.color, *([scene.second[0]] if scene.second else [])}
+        return []
+    return [scene.color, scene.second[0]] if scene.second else [scene.color] * scene.count

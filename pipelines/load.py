@@ -45,11 +45,13 @@ def load(
     device: str = "auto",
     image: bool = False,
     options: LoadOptions | None = None,
+    transformer: str | None = None,
 ) -> Any:
     """The pipeline of ``model`` (folder, hub id, ``ModelInfo``, or None for the bundled one) on ``device``.
 
-    ``image`` picks the family's image-to-video class. ``options``: memory, compilation, caches, adapters. Wan's VAE
-    stays in float32, as its published examples have it. Only safetensors are read. Raises ``UsageError`` and
+    ``image`` picks the family's image-to-video class. ``options``: memory, compilation, caches, adapters.
+    ``transformer``: a folder whose model takes the place of the pipeline's own. Wan's VAE stays
+    in float32, as its published examples have it. Only safetensors are read. Raises ``UsageError`` and
     ``UnsupportedError`` as :func:`~dit_accel.pipelines.model.inspect_model` and ``LoadOptions`` do, ``DitAccelError``
     where weights are gated, missing or broken.
     """
@@ -57,10 +59,15 @@ def load(
     kind = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, where)
     info = model if isinstance(model, ModelInfo) else inspect_model(model, image=image)
     options = options or LoadOptions()
+    parts: dict[str, Any] = {}
     dtypes = {"default": kind, "vae": torch.float32} if info.pipeline_class.__name__.startswith("Wan") else kind
     try:
+        if transformer is not None:
+            from diffusers import AutoModel
+
+            parts["transformer"] = AutoModel.from_pretrained(transformer, torch_dtype=kind, use_safetensors=True)
         pipe = info.pipeline_class.from_pretrained(
-            info.source, dtype=dtypes, revision=info.revision, use_safetensors=True, **options.arguments()
+            info.source, dtype=dtypes, revision=info.revision, use_safetensors=True, **parts, **options.arguments()
         )
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -17,6 +17,8 @@ from ..errors import UnsupportedError, UsageError
 BUNDLED = "bundled"
 # A plan of `dit-accel calibrate paro` under this name in the folder of a model is its default method.
 PLAN = "paro.safetensors"
+# A transformer under this name beside a pipeline's parts, with its settings in STREAM, is the model's for streams.
+CAUSAL, STREAM = "causal", "stream.json"
 
 # Frames per second of each family's published examples, by the start of the pipeline's class name.
 _FPS = {"Wan": 16, "SkyReels": 24, "Hunyuan": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30, "Cosmos": 24, "Allegro": 15}
@@ -73,18 +75,29 @@ class ModelInfo:
         return self.defaults.get("fps") or next((fps for key, fps in _FPS.items() if name.startswith(key)), 16)
 
     def fingerprint(self) -> str:
-        """A digest that changes with the weights: configuration files whole, of each weight file size and both ends."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix == ".json":
-                digest.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
-            elif path.suffix in (".safetensors", ".bin") and path.name != PLAN:
-                size = path.stat().st_size
-                with path.open("rb") as file:
-                    head = file.read(1 << 16)
-                    file.seek(max(size - (1 << 16), 0))
-                    digest.update(f"{path.relative_to(self.folder).as_posix()} {size}".encode() + head + file.read())
-        return digest.hexdigest()[:16]
+        """:func:`fingerprint` of the pipeline, without the transformer for streams that may lie beside its parts."""
+        return fingerprint(self.folder, leave=(CAUSAL,))
+
+
+def fingerprint(folder: Path, leave: tuple[str, ...] = ()) -> str:
+    """A digest that changes with the weights: configuration files whole, of each weight file size and both ends.
+
+    ``leave``: names directly in ``folder`` that do not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if name.parts[0] in leave:
+            continue
+        if path.suffix == ".json":
+            digest.update(name.as_posix().encode() + path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin") and path.name != PLAN:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(1 << 16)
+                file.seek(max(size - (1 << 16), 0))
+                digest.update(f"{name.as_posix()} {size}".encode() + head + file.read())
+    return digest.hexdigest()[:16]
 
 
 def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
@@ -96,11 +109,11 @@ def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
     defaults: dict[str, Any] = {}
     if model is None or model == BUNDLED:
         model, (folder, defaults) = BUNDLED, _bundled()
-        source, revision, defaults = str(folder), None, _planned(folder, defaults)
+        source, revision, defaults = str(folder), None, _beside(folder, defaults)
     elif Path(model).is_dir():
         folder, source, revision = Path(model), str(model), None
         # A mini model trained elsewhere brings its own.
-        defaults = _planned(folder, _json(folder / "mini.json"))
+        defaults = _beside(folder, _json(folder / "mini.json"))
     else:
         folder = _hub_configs(model)
         source = model
@@ -118,9 +131,11 @@ def inspect_model(model: str | None, *, image: bool = False) -> ModelInfo:
     return _for_image(info, index) if image else _without_image(info)
 
 
-def _planned(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """``defaults``, with the calibrated plan that lies in the folder of the model, if there is one."""
-    plan = folder / PLAN
+def _beside(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """``defaults``, with what lies in the model's folder: a calibrated plan, a transformer for streams."""
+    plan, causal = folder / PLAN, folder / CAUSAL
+    if (causal / STREAM).is_file():
+        defaults = {**defaults, "stream": {**_json(causal / STREAM), "transformer": str(causal)}}
     if not plan.is_file():
         return defaults
     methods = {**defaults.get("methods", {}), "paro": {"plan_file": str(plan)}}

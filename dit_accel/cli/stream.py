@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=30.0, metavar="N", help="length of every video (default: 30)")
     add("-o", "--out", metavar="DIR", default="out", help="folder for the results (default: out)")
 
-    add = parser.add_argument_group("cache, in latent frames (default: as published for the policy)").add_argument
-    add("--policy", default="deep_sink", metavar="NAME", help="cache policy or preset (default: deep_sink)")
+    add = parser.add_argument_group("cache, in latent frames (default: the model's, else as published)").add_argument
+    add("--policy", metavar="NAME", help="cache policy or preset (default: the model's, else deep_sink)")
     add("--compare-policies", nargs="?", const=ALL, metavar="A,B",
         help=f"stream under several policies and compare them (default: {ALL})")  # fmt: skip
     add("--window", type=int, metavar="N", help="frames that are seen, sinks and the chunk included")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
         console.note("\ninterrupted; what was made can be played")
     if args.compare_policies:
-        for line in table(_rows(plan.clips), right=frozenset(range(1, 9))):
+        for line in table(_rows(plan.clips), right=frozenset(range(1, 10))):
             console.say(line)
     if args.json:
         clips = [clip.to_dict() for clip in plan.clips if clip.stats]
@@ -99,14 +99,14 @@ def _job(args: argparse.Namespace) -> Any:
     # Reading the prompts first reports a wrong path before torch has been loaded.
     prompts = tuple(read_prompts(args.prompts))
     changes = {"window_frames": args.window, "sink_frames": args.sinks, "chunk_frames": args.chunk}
-    policies = args.compare_policies or args.policy
+    policies = args.compare_policies or args.policy or ""
     from ..pipelines.streaming.job import StreamJob
 
     return StreamJob(
         prompts=prompts,
         out=Path(args.out),
         seconds=args.seconds,
-        policies=tuple(name.strip() for name in policies.split(",") if name.strip()),
+        policies=tuple(name.strip() for name in policies.split(",") if name.strip()) or None,
         changes={name: value for name, value in changes.items() if value is not None},
         model=args.model,
         weights=Path(args.weights) if args.weights else None,
@@ -183,12 +183,13 @@ def _line(clip: Any) -> str:
 
 
 def _rows(clips: list[Any]) -> list[tuple[str, ...]]:
-    rows = [("policy", "window", "sinks", "drift", "dynamic", "objects", "objects late", "fps", "cache MiB")]
+    rows = [("policy", "window", "sinks", "drift", "dynamic", "objects", "objects late", "colour", "fps", "cache MiB")]
     for clip in clips:
         if not clip.judged:
             continue
         judged, stats = clip.judged, clip.stats
-        shares = ["-" if judged[k] is None else f"{judged[k]:.2f}" for k in ("persistence", "persistence_late")]
+        names = ("persistence", "persistence_late", "colour")
+        shares = ["-" if judged[name] is None else f"{judged[name]:.2f}" for name in names]
         rows.append((
             clip.policy, str(clip.config.window_frames), str(clip.config.sink_frames), f"{judged['drift']:.1f}",
             f"{judged['dynamic']:.2f}", *shares, f"{stats['fps_made']:.1f}", f"{stats['cache_bytes'] / 2**20:.1f}",

@@ -17,7 +17,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from . import path, sheets
 from .data import SHARD, Latents, encode_shards
-from .export import save_transformer
+from .export import save_causal
 from .loop import Stage, schedule_of
 from .rows import CHUNK, LATER, START, encode_moments
 from .student import Student, forcing_loss, pick_memory
@@ -81,7 +81,7 @@ class CausalRun:
 
     def export(self, folder: Path) -> None:
         """Writes the averaged weights of the last checkpoint as a transformer folder."""
-        save_transformer(_stock(self.stage().averaged().transformer), folder)
+        save_causal(_stock(self.stage().averaged().transformer), folder)
 
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from ..model import STREAM as STREAM_FILE
 from .text import MAX_LENGTH
 
 #: How the bundled model wants to be called; every key but ``fps`` is an argument of ``WanPipeline.__call__``.
@@ -21,6 +22,20 @@ DEFAULTS = {
     "negative_prompt": "",
     "max_sequence_length": MAX_LENGTH,
     "fps": 16,
+}
+#: How the bundled model wants to stream. Sizes are in latent frames; the published ones are for a window of 21.
+STREAM = {
+    "steps": [1000, 750, 500, 250],
+    "shift": 5.0,
+    "renoise": "predicted",
+    "policy": "deep_sink",
+    "policies": {
+        "window": {"window_frames": 12},
+        "sink": {"window_frames": 12, "sink_frames": 3, "positions": "window"},
+        "deep_sink": {"window_frames": 12, "sink_frames": 6},
+        "deep_sink+pc": {"window_frames": 12, "sink_frames": 3, "pc_budget": 9, "pc_recent": 4},
+        "ema_sink": {"window_frames": 12, "sink_frames": 3},
+    },
 }
 
 
@@ -48,10 +63,11 @@ def build_pipeline(
     )
 
 
-def save_transformer(transformer: WanTransformer3DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Saves a transformer in ``dtype``; it is cast in place."""
+def save_causal(transformer: WanTransformer3DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Saves a transformer for streams, which is cast to ``dtype``, and its settings: ``causal/`` of a pipeline."""
     transformer.to(dtype).save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "config.json")
+    (folder / STREAM_FILE).write_text(json.dumps(STREAM, indent=2) + "\n")
 
 
 def _forget_origin(config: Path) -> None:

@@ -104,9 +104,7 @@ def _show(scene: Scene, latents: int, later: bool) -> np.ndarray:
     return draw(scene, times=(first + np.arange(2 * latents - 1)) / (FRAMES - 1))
 
 
-def encode_moments(
-    vae: AutoencoderKLWan, scenes: list[Scene], mapper: Callable = map, batch: int = 8
-) -> Tensor:
+def encode_moments(vae: AutoencoderKLWan, scenes: list[Scene], mapper: Callable = map, batch: int = 8) -> Tensor:
     """Normalised latents of the start and of a later moment of every scene, float16 (N, C, 24, H/8, W/8)."""
     # Wan's encoder takes 1 + 4 n frames, 1 + 2 n latent ones here, and leaves out what is over.
     start = encode_shard(vae, scenes, mapper, batch, partial(_show, latents=START * CHUNK + 1, later=False))

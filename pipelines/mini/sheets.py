@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from ..streaming.config import CacheConfig
+from ..streaming.config import preset
 from ..streaming.steps import Steps
-from .export import DEFAULTS
+from .export import DEFAULTS, STREAM
 from .vae import clip_batch, to_video
 
 PROMPTS = (
@@ -24,11 +24,6 @@ PROMPTS = (
     "a cyan star rotates on a gradient black background",
     "a pink circle above a blue square moves right on a white background",
 )
-
-
-#: Memory and steps of :func:`stream_sheet`.
-CONFIG = CacheConfig("deep_sink", window_frames=12, sink_frames=6)
-STEPS = Steps(renoise="predicted")
 
 
 def save_rows(rows: list[np.ndarray], path: Path, scale: int = 2) -> None:
@@ -64,10 +59,12 @@ def sample_sheet(pipeline: WanPipeline, path: Path, prompts: tuple[str, ...] = P
 
 
 def stream_sheet(pipeline: WanPipeline, path: Path, prompts: tuple[str, ...], seconds: float = 6.0) -> None:
-    """One row of frames per prompt, evenly from the whole length, streamed with sinks as the bundled model does."""
+    """One row of frames per prompt, evenly from the whole length, streamed as the bundled model is."""
     from ..streaming.pipeline import StreamingPipeline
 
-    streaming = StreamingPipeline(pipeline, CONFIG, steps=STEPS, fps=DEFAULTS["fps"])
+    config = preset(STREAM["policy"], **STREAM["policies"][STREAM["policy"]])
+    steps = Steps(tuple(STREAM["steps"]), STREAM["shift"], renoise=STREAM["renoise"])
+    streaming = StreamingPipeline(pipeline, config, steps=steps, fps=DEFAULTS["fps"])
     size = {key: DEFAULTS[key] for key in ("height", "width", "max_sequence_length")}
     rows = []
     for seed, prompt in enumerate(prompts):

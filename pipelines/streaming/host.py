@@ -1,4 +1,4 @@
-"""A Wan transformer whose self-attention sees a stream's memory beside the frames it is given."""
+"""A transformer with Wan's blocks whose self-attention sees a stream's memory beside the frames it is given."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ...diffusers.derive import adopt, derive, stock_of
 from ...diffusers.hooks import engine_of
 from ...errors import UnsupportedError
 from .attention import Dense, Pass, WindowAttention
+from .native import HOSTS, refusal
 from .rotation import Rotary
 
 
@@ -26,7 +27,7 @@ class Unrotated(nn.Module):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Wan transformer that a cache needs."""
+    """Sizes of a transformer with Wan's blocks that a cache needs."""
 
     layers: int
     heads: int
@@ -37,14 +38,14 @@ class Shape:
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
         """Raises ``UnsupportedError`` for a model that cannot stream."""
-        from diffusers import WanTransformer3DModel
-
-        if not isinstance(model, WanTransformer3DModel):
-            raise UnsupportedError(
-                f"a stream needs a WanTransformer3DModel (Self-Forcing, LongLive, Reward Forcing and their kin are "
-                f"such); got {type(model).__name__}"
-            )
+        if not {cls.__name__ for cls in type(model).__mro__} & set(HOSTS):
+            raise UnsupportedError(f"a stream needs a {' or '.join(HOSTS)}. {refusal(type(model).__name__)}")
         config = model.config
+        if config.get("num_frame_per_block", 1) > 1:
+            raise UnsupportedError(
+                f"this model masks its frames in blocks of {config.num_frame_per_block}, and a stream's cache does "
+                "that; call transformer._set_ar_attention(1)"
+            )
         if config.patch_size[0] != 1:
             raise UnsupportedError(f"a token must not span latent frames; this model's patch is {config.patch_size}")
         return cls(
@@ -54,14 +55,17 @@ class Shape:
 
 
 class Host:
-    """Runs forwards of ``model`` against caches; ``attention`` says how a window is attended to.
+    """Runs forwards of ``model`` against caches; ``attention`` says how a window is attended to. ``fps``: of the clip,
+    for models that are told.
 
     Only inside :meth:`attached` is the model changed: its self-attention processors are the stock ones with the
     attention call redirected, and its rotary embedding is left out. Before and after it is stock.
     """
 
-    def __init__(self, model: nn.Module, attention: WindowAttention | None = None):
+    def __init__(self, model: nn.Module, attention: WindowAttention | None = None, fps: float = 16):
         self.shape = Shape.of(model)
+        # SkyReels-V2 knows two rates by number.
+        self._rate = (0 if fps == 16 else 1) if model.config.get("inject_sample_info") else None
         self.model = model
         self.attention = attention or Dense()
         self.id = ops.new_id()
@@ -101,8 +105,9 @@ class Host:
         self.forwards += 1
         times = torch.full((latents.shape[0],), time, dtype=torch.float32, device=latents.device)
         kind = self.model.dtype
+        extra = {} if self._rate is None else {"fps": [self._rate] * latents.shape[0]}
         try:
-            return self.model(latents.to(kind), times, embeds.to(kind), return_dict=False)[0]
+            return self.model(latents.to(kind), times, embeds.to(kind), return_dict=False, **extra)[0]
         finally:
             self._pass = None
 

@@ -18,6 +18,7 @@ from ..outputs import explain, prepare_folder
 from ..prompts import Prompt, slug
 from .config import CacheConfig, preset
 from .movie import MovieWriter
+from .native import PIPELINES, refusal
 from .pipeline import Stream, StreamingPipeline
 from .reuse import FlashBlock
 from .steps import Steps
@@ -29,13 +30,16 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 # For models that were not distilled to few steps: more of them, without new noise in between.
 UNDISTILLED = {"steps": 8, "renoise": "predicted"}
+# Where neither job nor model says.
+POLICY = "deep_sink"
 
 
 @dataclass(frozen=True)
 class StreamJob:
     """What to stream. ``None`` takes the model's own default; a prompt's own seed and size win over the job's.
 
-    ``policies``: cache policies or presets by name, each with ``changes`` to its settings; several are compared.
+    ``policies``: cache policies or presets by name, each with ``changes`` to its settings; several are compared. A
+    policy's own name means the settings that the model was trained for, where it tells, else the published ones.
     ``weights``, ``lora``: a released causal checkpoint in the place of the model's own transformer. ``prompts_at``:
     prompts that take over, by second. ``steps``: their number, or times of 1000. ``reuse``: FlashBlock.
     """
@@ -43,7 +47,7 @@ class StreamJob:
     prompts: tuple[Prompt, ...]
     out: Path
     seconds: float = 30.0
-    policies: tuple[str, ...] = ("deep_sink",)
+    policies: tuple[str, ...] | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     weights: Path | None = None
@@ -87,7 +91,10 @@ class Clip:
 
 @dataclass
 class StreamPlan:
-    """A checked job. ``causal``: the model or the weights were trained for streaming, as far as can be told."""
+    """A checked job. ``causal``: the model or the weights were trained for streaming, as far as can be told.
+
+    ``transformer``: folder of the model's transformer for streams, in the place of its own.
+    """
 
     job: StreamJob
     info: ModelInfo
@@ -96,28 +103,26 @@ class StreamPlan:
     fps: int
     causal: bool
     clips: list[Clip]
+    transformer: str | None = None
 
 
 def plan_stream(job: StreamJob) -> StreamPlan:
     """Check everything that can be checked before weights are loaded. Raises ``UsageError``, ``UnsupportedError``."""
     if not job.seconds > 0:
         raise UsageError(f"a stream lasts more than 0 seconds; got {job.seconds}")
-    configs = {name: preset(name, **job.changes) for name in job.policies}
     pick_dtype(job.dtype, pick_device(job.device))
     info = inspect_model(job.model)
-    if info.pipeline_class.__name__ != "WanPipeline":
-        raise UnsupportedError(
-            f"{info.name} is a {info.pipeline_class.__name__}; streams run on a WanPipeline (Self-Forcing, LongLive, "
-            "Reward Forcing: Wan 2.1 with --weights). diffusers' own chunk-wise models (AnyFlow-FAR, SkyReels-V2, "
-            "Helios, FramePack) keep histories of their own: call their pipelines"
-        )
+    kind = info.pipeline_class.__name__
+    if kind not in PIPELINES:
+        raise UnsupportedError(f"{info.name}: {refusal(kind)}")
     if job.weights is not None and not job.weights.is_file():
         raise UsageError(f"no checkpoint at {job.weights}; give a .pt, .pth or .safetensors file")
     if job.lora is not None and job.weights is None:
         raise UsageError("--lora belongs to a checkpoint; give that with --weights")
-    own = dict(info.defaults.get("stream", {}))
+    own = {} if job.weights else dict(info.defaults.get("stream", {}))
+    configs = _configs(job, own)
     undistilled = job.weights is None and bool(info.defaults) and not own
-    settings = {**(UNDISTILLED if undistilled else {}), **own}
+    settings = {**PIPELINES[kind], **(UNDISTILLED if undistilled else {}), **own}
     steps = job.steps or settings.get("steps") or Steps().times
     how = {"shift": job.shift or settings.get("shift", 5.0), "renoise": settings.get("renoise", "fresh")}
     steps = Steps.even(steps, **how) if isinstance(steps, int) else Steps(tuple(steps), **how)
@@ -135,8 +140,15 @@ def plan_stream(job: StreamJob) -> StreamPlan:
         raise UsageError(f"{taken[0]} is already in {job.out}; use --overwrite, or another -o")
     return StreamPlan(
         job, info, steps, guidance if job.guidance is None else job.guidance, job.fps or info.fps, not undistilled,
-        clips,
+        clips, own.get("transformer"),
     )  # fmt: skip
+
+
+def _configs(job: StreamJob, own: Mapping[str, Any]) -> dict[str, CacheConfig]:
+    """The cache of each policy: the job's changes over the model's ``own`` settings over the published ones."""
+    trained = own.get("policies", {})
+    names = job.policies or (own.get("policy", POLICY),)
+    return {name: preset(name, **{**trained.get(name, {}), **job.changes}) for name in names}
 
 
 def run_stream(plan: StreamPlan, *, judge: Judge | None = None, listen: Listener | None = None) -> None:
@@ -147,7 +159,7 @@ def run_stream(plan: StreamPlan, *, judge: Judge | None = None, listen: Listener
     """
     job, tell = plan.job, listen or (lambda event, data: None)
     tell("loading", {"model": plan.info.name})
-    pipe = load(plan.info, dtype=job.dtype, device=job.device)
+    pipe = load(plan.info, dtype=job.dtype, device=job.device, transformer=plan.transformer)
     if job.weights is not None:
         report = load_checkpoint(pipe.transformer, job.weights, lora=job.lora, lora_scale=job.lora_scale)
         tell("weights", {"report": str(report)})
@@ -197,6 +209,7 @@ def _told(stream: Stream) -> dict[str, Any]:
 def _record(plan: StreamPlan, clip: Clip) -> dict[str, Any]:
     record = {"schema": sidecar.SCHEMA, "model": plan.info.name, "steps": asdict(plan.steps), "fps": plan.fps}
     record |= {"guidance": plan.guidance, "weights": str(plan.job.weights) if plan.job.weights else None}
+    record |= {"causal": plan.causal}
     return record | clip.to_dict() | {"versions": sidecar.versions()}
 
 

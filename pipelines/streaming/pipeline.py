@@ -95,7 +95,8 @@ class Stream(Iterator[np.ndarray]):
 
 
 class StreamingPipeline:
-    """Streams video from a ``WanPipeline`` whose transformer makes frames causally, chunk by chunk.
+    """Streams video from a ``WanPipeline`` whose transformer makes frames causally, chunk by chunk, or one of
+    SkyReels-V2's diffusion forcing.
 
         for frames in StreamingPipeline(pipe, "deep_sink").stream("a red ball rolls", seconds=60):
             ...
@@ -119,7 +120,7 @@ class StreamingPipeline:
     ):
         if getattr(pipe, "transformer_2", None) is not None:
             raise UnsupportedError("a stream runs one transformer, and this pipeline has two; set transformer_2=None")
-        self.host = Host(pipe.transformer, attention)
+        self.host = Host(pipe.transformer, attention, fps)
         channels, latent = pipe.transformer.config.in_channels, pipe.vae.config.z_dim
         if channels != latent:
             raise UnsupportedError(

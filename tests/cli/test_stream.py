@@ -1,14 +1,17 @@
 """The command: files, records, comparison, interruption, and refusals before anything is loaded."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 
 from dit_accel.cli import main
+from dit_accel.pipelines.model import CAUSAL, STREAM, inspect_model
 from dit_accel.pipelines.streaming import pipeline
 
 
@@ -119,10 +122,52 @@ def test_refused_before_loading(stream, tmp_path, capsys, monkeypatch, extra, me
     assert not list((tmp_path).glob("out/*.mp4"))
 
 
+def test_a_transformer_for_streams_beside_the_model(stream, tiny_wan, tmp_path, capsys):
+    """``causal/`` in a model's folder: its weights and its settings are the default, and render keeps the other."""
+    import diffusers
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan, folder)
+    before = inspect_model(str(folder)).fingerprint()
+    other = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    other.proj_out.bias.data.add_(1.0)
+    other.save_pretrained(folder / CAUSAL)
+    own = {"steps": [1000, 500], "policy": "sink", "policies": {"sink": {"window_frames": 9, "positions": "window"}}}
+    (folder / CAUSAL / STREAM).write_text(json.dumps(own))
+    assert inspect_model(str(folder)).fingerprint() == before
+    (tmp_path / "p.txt").write_text("a red ball runs\n")
+    words = ["stream", tmp_path / "p.txt", "--size", "48x32", "--seconds", "0.5", "--overwrite"]
+
+    def run(model, *extra):
+        assert main([str(word) for word in (*words, "--model", model, "-o", tmp_path / "o", *extra)]) == 0
+        assert capsys.readouterr().err == ""
+        record = json.loads((tmp_path / "o" / "0001-a-red-ball-runs-s42-sink.json").read_text())
+        return record, iio.imread(tmp_path / "o" / "0001-a-red-ball-runs-s42-sink.mp4").astype(int)
+
+    record, frames = run(folder)
+    cache = record["cache"]
+    found = [cache[key] for key in ("policy", "window_frames", "sink_frames", "positions")]
+    assert found == ["sink", 9, 3, "window"]
+    assert record["steps"]["times"] == [1000, 500]
+    # The same settings on the model's own transformer: another clip.
+    given = ["--policy", "sink", "--window", "9", "--steps", "1000,500"]
+    assert np.abs(run(tiny_wan, *given)[1] - frames).max() > 20
+    assert run(folder, "--window", "6")[0]["cache"]["window_frames"] == 6
+
+
+def test_the_bundled_model_has_one(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle moves left on a white background\n")
+    assert main(["stream", str(tmp_path / "p.txt"), "--seconds", "0.5", "-o", str(tmp_path / "o")]) == 0
+    assert "not trained" not in capsys.readouterr().err
+    record = json.loads(next((tmp_path / "o").glob("*.json")).read_text())
+    assert (record["causal"], record["guidance"], record["cache"]["window_frames"]) == (True, 1.0, 12)
+    assert len(iio.imread(next((tmp_path / "o").glob("*.mp4")))) == 8
+
+
 def test_other_pipelines_are_refused_by_name(stream, configs_only, capsys):
     folder = configs_only("cog", "CogVideoXPipeline", {}, {})
     assert stream(model=folder) == 2
-    assert "streams run on a WanPipeline" in capsys.readouterr().err
+    assert "streams run on WanPipeline" in capsys.readouterr().err
 
 
 def test_what_exists_is_not_overwritten(stream, capsys):

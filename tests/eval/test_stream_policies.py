@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from dit_accel.eval import stream_policies
+from dit_accel.errors import UsageError
+from dit_accel.eval import stream_memory, stream_policies
 from dit_accel.pipelines.mini.captions import parse
+from dit_accel.pipelines.streaming.job import StreamJob
 
 
 def row(policy, prompt, seed, value):
@@ -35,17 +37,54 @@ def test_twenty_prompts_of_the_grammar():
         parse(prompt.text)
 
 
-def test_one_command(tiny_wan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stream_policies, "WARM", 0.5)
+@pytest.fixture
+def command(tiny_wan, tmp_path, monkeypatch):
+    """Runs the comparison on a tiny Wan; returns the file's content."""
     job = stream_policies.StreamJob
     monkeypatch.setattr(stream_policies, "StreamJob", lambda *a, **k: job(*a, **k, size=(48, 32)))
-    words = ["--seconds", "1", "--prompts", "1", "--seeds", "2", "--policies", "window,deep_sink"]
-    assert stream_policies.main([*words, "--model", str(tiny_wan), "-o", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "window: drift" in out
-    assert "resident memory from" in out
-    found = json.loads((tmp_path / "policies.json").read_text())
-    assert len(found["rows"]) == 4
-    assert {r["seed"] for r in found["rows"]} == {1, 2}
-    assert all(r["resident_growth"] == pytest.approx(0, abs=0.5) for r in found["rows"])
-    assert len(list(tmp_path.glob("*.mp4"))) == 4
+    out = tmp_path / "found.json"
+    words = ["--seconds", "0.5", "--prompts", "1", "--policies", "window,sink", "--model", str(tiny_wan)]
+
+    def run(*extra):
+        assert stream_policies.main([*words, "--clips", str(tmp_path / "clips"), "-o", str(out), *extra]) == 0
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_one_command_that_continues(command, tmp_path, monkeypatch, capsys):
+    made = stream_policies.run_stream
+
+    def interrupted(plan, **settings):
+        plan.clips = plan.clips[:1]
+        made(plan, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_policies, "run_stream", interrupted)
+        first = command("--seeds", "1")
+    assert (len(first["rows"]), first["covered"], first["policies"]) == (1, {"pairs": 0, "wanted": 1}, {})
+    found = command("--seeds", "1")
+    assert found["rows"][0] == first["rows"][0]
+    assert [row["policy"] for row in found["rows"]] == ["window", "sink"]
+    assert found["covered"] == {"pairs": 1, "wanted": 1}
+    assert set(found["policies"]) == {"window", "sink"}
+    assert "1 of 1 prompts x seeds" in capsys.readouterr().out
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_policies, "run_stream", None)  # nothing is left to do
+        assert command("--seeds", "1") == found
+    with pytest.raises(UsageError, match="rows made with other settings"):
+        command("--seeds", "1", "--seconds", "1")
+
+
+def test_memory_of_every_policy(tiny_wan, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_memory, "WARM", 0.6)
+    job = StreamJob(
+        (stream_policies.fixed_prompts()[0],), tmp_path, seconds=3, model=str(tiny_wan), steps=1, size=(48, 32),
+        policies=("deep_sink",), changes={"window_frames": 6, "sink_frames": 3},
+    )  # fmt: skip
+    row = stream_memory.measure(job)
+    assert (row["warm"]["seconds"], row["end"]["seconds"]) == (9 / 16, 3.0)
+    assert row["growth"]["cache"] == 0
+    assert row["warm"]["peak"] > 50 * 2**20
+    assert stream_memory.line(row).startswith("deep_sink: 0.6 s to 3.0 s, cache")

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.pipelines.streaming import CacheConfig, Host, Rollout, Steps, noise_of
+from dit_accel.pipelines.streaming.attention import Pass
 from tiny_models import WAN, tiny_transformer
 
 SIZE = (4, 4, 6)
@@ -93,6 +94,37 @@ def test_a_stream_is_the_masked_forward(monkeypatch, config, window, sinks, chun
     if window < 12:
         everything = by_hand(monkeypatch, model, chunks, 99, 0)
         assert (found - everything).abs().max() > 1e-3 * exact.abs().max()  # the window does show
+
+
+@pytest.mark.parametrize(
+    ("config", "window", "sinks"),
+    [
+        (CacheConfig("window", window_frames=18), 18, 0),
+        (CacheConfig("window", window_frames=6), 6, 0),
+        (CacheConfig("sink", window_frames=9, sink_frames=3, positions="absolute"), 9, 3),
+    ],
+    ids=["all", "window", "sinks"],
+)
+def test_clean_chunks_are_one_masked_forward_in_float64(monkeypatch, config, window, sinks):
+    """Six chunks at one time, each with the keys it left in the cache, against all 18 frames at once."""
+    model = model_of().double()
+    text, time = texts(batch=1)["cond"].double(), 321.0
+    latents = torch.randn(1, 4, 18, *SIZE[1:], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    host = Host(model)
+    cache = Rollout(host, config, Steps(), {"cond": text}, size=SIZE).caches["cond"]
+    found = []
+    with host.attached(), torch.no_grad():
+        for chunk in latents.split(3, 2):
+            cache.begin()
+            found.append(host.forward(chunk, time, text, Pass(cache, "cond", 0, 0, 1, 0.3)))
+            cache.commit()
+    with masked(monkeypatch, mask_of(18, window, sinks)), torch.no_grad():
+        exact = model(latents, torch.tensor([time]), text, return_dict=False)[0]
+    assert (torch.cat(found, 2) - exact).abs().max() < 1e-12
+    if window < 18:
+        with masked(monkeypatch, mask_of(18, 18, 0)), torch.no_grad():
+            everything = model(latents, torch.tensor([time]), text, return_dict=False)[0]
+        assert (exact - everything).abs().max() > 1e-3  # the window does show
 
 
 def test_five_forwards_per_chunk():
@@ -252,7 +284,7 @@ def test_positions_beyond_the_models_own_table():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(UnsupportedError, match=r"needs a WanTransformer3DModel.*got CogVideoX"):
+    with pytest.raises(UnsupportedError, match=r"needs a WanTransformer3DModel.*CogVideoX"):
         Host(tiny_transformer("cogvideox")[0])
     with pytest.raises(UnsupportedError, match="must not span latent frames"):
         Host(WanTransformer3DModel(**{**WAN, "patch_size": (2, 2, 2)}))

@@ -41,6 +41,20 @@ def test_shifts_in_time_compose_and_touch_time_alone():
     torch.testing.assert_close(shifted(moved, -7), at, atol=1e-13, rtol=0)
 
 
+def test_realigned_keys_in_lower_precision():
+    """Turned at their frame and moved on, or turned once: equal to float32's rounding, and to one step of bfloat16."""
+    rotary = Rotary((44, 42, 42))
+    zero = torch.zeros(T * ROWS * COLUMNS, dtype=torch.int64)
+    x = torch.randn(1, T * ROWS * COLUMNS, 2, 128, generator=torch.Generator().manual_seed(2))
+    single = {"dtype": torch.float32}
+    moved = rotate(rotate(x, rotary.tables(*places(), **single)), rotary.tables(zero + 9, zero, zero, **single))
+    once = rotate(x, rotary.tables(*places(9), **single))
+    torch.testing.assert_close(moved, once, atol=2e-6, rtol=0)
+    steps = (moved.bfloat16().view(torch.int16).int() - once.bfloat16().view(torch.int16).int()).abs()
+    near_zero = once.abs() < 1e-3  # where 2e-6 is more than a step
+    assert steps[~near_zero].max() <= 1
+
+
 def test_only_differences_show():
     rotary = Rotary((44, 42, 42))
     q, k = torch.randn(2, 1, T * ROWS * COLUMNS, 2, 128, generator=torch.Generator().manual_seed(1)).double()
