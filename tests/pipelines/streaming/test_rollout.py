@@ -108,6 +108,10 @@ def test_a_stream_is_the_masked_forward(monkeypatch, config, window, sinks, chun
 def test_clean_chunks_are_one_masked_forward_in_float64(monkeypatch, config, window, sinks):
     """Six chunks at one time, each with the keys it left in the cache, against all 18 frames at once."""
     model = model_of().double()
+    places = torch.arange(32)
+    # The stock model stores its rotation in float32.
+    cos, sin = Host(model).shape.rotary.tables(places, places, places)
+    model.rope.freqs_cos, model.rope.freqs_sin = (table.repeat_interleave(2, -1) for table in (cos, sin))
     text, time = texts(batch=1)["cond"].double(), 321.0
     latents = torch.randn(1, 4, 18, *SIZE[1:], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     host = Host(model)
