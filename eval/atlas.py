@@ -155,29 +155,31 @@ def panel(
     )  # fmt: skip
 
 
-def synthetic_tensors(layout: Layout, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Made-up q, k, v, each (1, 1, N, 64), with the structure that video attention shows.
+def synthetic_tensors(
+    layout: Layout, seed: int = 0, *, dim: int = HEAD_DIM, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Made-up q, k, v, each (1, 1, N, dim), with the structure that video attention shows.
 
     Tokens near one another in space and time resemble one another, a few patches recur in every frame, and every
-    third of the frame has a content of its own. The same for the same layout and seed.
+    third of the frame has a content of its own. The same for the same layout, seed and device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     axes = torch.meshgrid(*(torch.linspace(0, 1, n) if n > 1 else torch.zeros(1) for n in layout.grid), indexing="ij")
-    place = torch.stack([axis.flatten() for axis in axes], 1)
+    place = torch.stack([axis.flatten() for axis in axes], 1).to(device)
     # Random Fourier features of the place: dot products fall off smoothly with distance, slower in time than in space.
-    waves = torch.cat([place @ (noise(3, HEAD_DIM // 2) * torch.tensor([[3.0], [7.0], [9.0]]))], 1)
+    waves = torch.cat([place @ (noise(3, dim // 2) * torch.tensor([[3.0], [7.0], [9.0]], device=device))], 1)
     features = torch.cat([waves.cos(), waves.sin()], 1)
-    content = noise(9, HEAD_DIM)[((place[:, 1] * 2.99).long() * 3 + (place[:, 2] * 2.99).long())]
+    content = noise(9, dim)[((place[:, 1] * 2.99).long() * 3 + (place[:, 2] * 2.99).long())]
     main = 1.6 * features + 0.5 * content
     n = layout.tokens
-    q, k = (0.6 * noise(n, HEAD_DIM) for _ in range(2))
+    q, k = (0.6 * noise(n, dim) for _ in range(2))
     q[layout.main] += main
     k[layout.main] += main
-    return q[None, None], k[None, None], noise(1, 1, n, HEAD_DIM)
+    return q[None, None], k[None, None], noise(1, 1, n, dim)
 
 
 def _with_density(method: Method, density: float, layout: Layout) -> Method:

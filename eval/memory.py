@@ -29,7 +29,7 @@ from ..methods import Call, find
 from ..state import State
 from ..step import Step
 from .environment import environment
-from .methods import PARAMETERS
+from .method_spec import PARAMETERS
 
 #: Methods that look at q and k, as measured by default; Pyramid and PISA with and without their token order.
 CASES: dict[str, dict[str, Any]] = {

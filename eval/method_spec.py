@@ -10,6 +10,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ..errors import UsageError
 from ..methods import Method, find
 
+# What a method needs to be worth its name in a measurement: selection per token skips no block.
+PARAMETERS: dict[str, dict[str, Any]] = {"vmoba": {"granularity": "block"}}
+
 PRESET = "preset"
 _WORDS = {"none": None, "true": True, "false": False}
 

@@ -38,6 +38,7 @@ from ..schedule import Schedule
 from .attention import measure
 from .environment import environment
 from .fidelity import fidelity
+from .method_spec import PARAMETERS
 from .shapes.grade import grade
 from .shapes.job import paired
 from .shapes.suite import bootstrap, prompts
@@ -47,8 +48,6 @@ SCHEMA = 1
 METHODS = ("radial", "gna", "paro", "adaspa", "vmoba", "pisa", "rectified", "pyramid")
 DENSITIES = (0.5, 0.25, 0.15)
 MEASUREMENTS = ("error", "quality", "speed")
-# What a method needs to be worth its name here: selection per token skips no block.
-PARAMETERS = {"vmoba": {"granularity": "block"}}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from ..processors import Processor
 from ..state import State
 from ..step import Step
 from .environment import environment
-from .methods import PARAMETERS, split
+from .method_spec import PARAMETERS
+from .methods import split
 
 DYNAMIC = ("adaspa", "vmoba", "pisa", "rectified", "pyramid")
 DENSITIES = (0.5, 0.25, 0.15)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipelines.acceleration import Acceleration
-from ..methods import PARAMETERS
+from ..method_spec import PARAMETERS
 
 DENSITIES = (0.4, 0.3, 0.2, 0.12)
 # The published rule leaves the first quarter dense.

@@ -1,0 +1,62 @@
+"""A result file: what was measured where and how, continued case by case."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from .cases import Case
+
+SCHEMA = 1
+# Of the environment, what must be the same for rows to stand in one file.
+_SAME = ("versions", "cpu", "gpus")
+
+
+def opened(path: Path | None, section: str, environment: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The document at ``path`` to go on with, or a new one. Raises ``UsageError`` where it holds another run."""
+    command = shlex.join(["python", "-m", "dit_accel.eval.kernels", *arguments])
+    new = {"schema": SCHEMA, "section": section, "command": command, "environment": environment, "rows": {}}
+    if path is None or not path.exists():
+        return new
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = {name: found.get("environment", {}).get(name) == environment[name] for name in _SAME}
+    same |= {name: found.get(name) == new[name] for name in ("schema", "section")}
+    if not all(same.values()):
+        other = ", ".join(name for name, equal in same.items() if not equal)
+        raise UsageError(f"{path} was measured with another {other}; name another file with -o")
+    return found
+
+
+def fill(
+    document: dict[str, Any], todo: Sequence[Case], minutes: float, one: Callable[[Case], dict[str, Any]],
+    save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic,
+) -> bool:  # fmt: skip
+    """Measure what is missing, saving after each case. False where the time ended first.
+
+    A case that cannot run leaves a row with its ``failure``, which the next run tries again.
+    """
+    end, rows = clock() + 60 * minutes, document["rows"]
+    for case in todo:
+        if "failure" not in rows.get(case.key, {"failure": ""}):
+            continue
+        if clock() >= end:
+            return False
+        try:
+            rows[case.key] = one(case)
+        except Exception as error:
+            rows[case.key] = {**case.to_dict(), "failure": f"{type(error).__name__}: {error}"[:400]}
+        save()
+    return True
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,149 @@
+"""One row: every side of a case on the same tensors, timed in turn, and its error against float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...functional import attend, plan, tiled
+from ...kernels import TilePlan
+from ...layout import Layout
+from ...methods import AllBlocks, Method
+from ...plans import Plan
+from ...quant import resolve_quant
+from ...rows import sample, spread_slots
+from ...state import State
+from . import rivals
+from .cases import SHAPES, Case, Shape
+from .clock import in_turn, observed
+from .subjects import method_of, tensors
+
+WHOLE = AllBlocks(block_size=128)
+ROWS = 32
+# Beyond this a rival did not run this plan, whatever it timed.
+WRONG = 0.2
+_WITHOUT_RIVALS = ("planning", "scaling", "cpu")
+
+Side = Callable[[], Any]
+
+
+@torch.inference_mode()
+def measure(case: Case, device: str, *, seconds: float = 1.0, shape: Shape | None = None) -> dict[str, Any]:
+    """The row of ``case``. Raises what the method or the tier asked for raises.
+
+    ``seconds``: to spend on each side. ``times`` holds a summary in seconds of ``sparse`` (planning included; static
+    plans are kept, as pipelines keep them, others made in every call), ``kernel`` (the plan given), ``planning``,
+    ``whole`` (our kernel on all pairs) and each rival.
+    """
+    shape = shape or SHAPES[case.shape]
+    layout = shape.layout
+    q, k, v = tensors(shape, device)
+    method = WHOLE if case.method is None else method_of(case.method, case.density, layout)
+    start = time.perf_counter()
+    made = plan(q, k, v, method, layout=layout)
+    if made is None:
+        raise ValueError(f"{case.key}: the method runs this call dense; choose one that has a plan at the first step")
+    first = time.perf_counter() - start
+    tiles = tiled(made, q, backend=case.backend, quant=resolve_quant(case.quant, q.device))
+    how = {"layout": layout, "backend": case.backend, "quant": case.quant}
+    _warm(tiles, q, k, v, case)
+    sides = _sides(method, made, q, k, v, how)
+    dense, why = rivals.dense(q, k, v)
+    others: dict[str, Side] = {}
+    if case.section not in _WITHOUT_RIVALS and case.method is not None:
+        others, more = rivals.sparse(method, shape.grid, q, k, v, shape.text)
+        why |= more
+        if case.quant is None and device == "cuda":
+            others["flex"] = lambda: attend(q, k, v, plan=made, layout=layout, backend="flex")
+    with observed() as tiers:
+        # Dynamic methods may plan anew, so what is checked is the output on the plan that the rows are taken from.
+        own = {"kernel": sides["kernel"]()}
+    error = _errors(own, rivals.usable(others, why), rivals.usable(dense, why), made, q, k, v)
+    for name in [name for name in others if not error[name] < WRONG]:
+        del others[name]
+        why[name] = f"off by {error[name]:.2g} from the plan, so it is not compared"
+    times = in_turn({**dense, **sides, **others}, device, seconds=seconds)
+    exact = [name for name in dense if "quantised" not in name]
+    best = min(exact, key=lambda name: times[name]["median"])
+    work = workload(made, tiles, shape)
+    return {
+        **case.to_dict(), "tokens": layout.tokens, "heads": shape.heads, "dim": shape.dim, "kept": made.density,
+        "tiers": tiers, "static": method.static, "times": times, "best_dense": best, "not_compared": why,
+        "first_plan": first, "error": error, "work": work, **_ratios(times, best, made.density, work, shape, layout),
+    }  # fmt: skip
+
+
+def _sides(method: Method, made: Plan, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> dict[str, Side]:
+    kept = State()
+    whole = plan(None, None, None, WHOLE, layout=how["layout"]).to(q.device)
+
+    def state() -> State:
+        return kept if method.static else State()
+
+    sides = {
+        "sparse": lambda: attend(q, k, v, method, state=state(), **how),
+        "kernel": lambda: attend(q, k, v, plan=made, **how),
+        "planning": lambda: plan(q, k, v, method, layout=how["layout"], state=state()),
+        "whole": lambda: attend(q, k, v, plan=whole, **{**how, "quant": None}),
+    }
+    return sides if method != WHOLE else {name: sides[name] for name in ("sparse", "kernel", "whole")}
+
+
+def _warm(tiles: TilePlan, q: Tensor, k: Tensor, v: Tensor, case: Case) -> None:
+    """Block sizes are found before anything is timed."""
+    if q.device.type == "cuda" and case.quant is None and case.backend in ("auto", "triton"):
+        from ...kernels import autotune
+
+        autotune.warm(tiles, q, k, v)
+
+
+def _errors(own, others, dense, made: Plan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+    """||out - truth|| / ||truth|| on sampled rows, truth in float64: the plan's pairs, for dense kernels all pairs."""
+    slots = spread_slots(made.q_blocks.n, ROWS, 0.0, q.device)
+    rows = sample(*(x.double() for x in (q, k, v)), made, slots)
+    found = {}
+    for outs, truth in (({**own, **others}, rows.planned), (dense, rows.exact)):
+        for name, out in outs.items():
+            picked = out.gather(2, rows.tokens.expand(q.shape[1], -1)[None, :, :, None].expand(*truth.shape))
+            found[name] = float((picked.double() - truth).norm() / truth.norm())
+    return found
+
+
+def workload(made: Plan, tiles: TilePlan, shape: Shape) -> dict[str, float]:
+    """What a kernel has to do for a plan, and what makes it uneven.
+
+    ``executed``, ``visible``: share of all pairs, in visited tiles and seen. ``partial``: share of visited tiles that
+    test their pairs. ``longest``: the row of tiles with most work over the mean row. ``flops``: of executed pairs,
+    representatives apart. ``plan_bytes``; ``bytes``: q, k, v and the output read or written once.
+    """
+    full = tiles.full.count.double()
+    partial = torch.zeros_like(full) if tiles.partial is None else tiles.partial.count.double()
+    seen = full + partial
+    mean = float(seen.mean())
+    n, size = shape.layout.tokens, 2 if tiles.device.type == "cuda" else 4
+    executed = mean / tiles.tiles_k
+    return {
+        "executed": executed, "visible": made.density, "partial": float(partial.mean()) / mean,
+        "longest": float(seen.max()) / mean, "flops": 4.0 * n * n * shape.dim * shape.heads * executed,
+        "tile_q": tiles.tile_q, "tile_k": tiles.tile_k, "plan_bytes": made.bytes(),
+        "bytes": 4.0 * n * shape.heads * shape.dim * size,
+    }  # fmt: skip
+
+
+def _ratios(times, best: str, kept: float, work: dict[str, float], shape: Shape, layout: Layout) -> dict[str, float]:
+    """``of_own``, ``of_best``: share of the 1/d limit, planning included, against our kernel on all pairs and the best
+    dense one. ``rate``: TFLOP/s of executed pairs in the kernel; ``of_rate``: over the best dense kernel's."""
+    dense, sparse, kernel = (times[name]["median"] for name in (best, "sparse", "kernel"))
+    rate = work["flops"] / kernel / 1e12
+    dense_rate = 4.0 * layout.tokens**2 * shape.dim * shape.heads / dense / 1e12
+    found = {
+        "of_own": kept * times["whole"]["median"] / sparse, "of_best": kept * dense / sparse, "speedup": dense / sparse,
+        "kernel_of_best": kept * dense / kernel, "rate": rate, "of_rate": rate / dense_rate, "dense_rate": dense_rate,
+    }  # fmt: skip
+    if "planning" in times:
+        found["planning_share"] = times["planning"]["median"] / dense
+    return found

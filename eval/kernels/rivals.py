@@ -1,0 +1,93 @@
+"""What else is timed on the same tensors: dense kernels by name, and other packages' sparse ones on the same plan."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...kernels.dense import DENSE, refusal
+from ...methods import GNA, Method
+
+Call = Callable[[], Tensor]
+_TORCH = {"torch-cudnn": SDPBackend.CUDNN_ATTENTION, "torch-flash": SDPBackend.FLASH_ATTENTION}
+# Importable, yet not called: module -> why.
+_UNCOMPARED = {
+    "spas_sage_attn": "SpargeAttn: its kernel takes blocks of 128 x 64 and chooses them by itself",
+    "flashinfer": "FlashInfer: its block-sparse wrapper plans on the host for one list per call",
+}
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
+    """Dense kernels that serve these tensors, by name, and why others do not. Quantised ones end in ``(quantised)``."""
+    calls: dict[str, Call] = {}
+    why: dict[str, str] = {}
+    if q.device.type != "cuda":
+        return {"torch": lambda: scaled_dot_product_attention(q, k, v)}, why
+    for name, backend in _TORCH.items():
+        calls[name] = _forced(backend, q, k, v)
+    for name, kernel in DENSE.items():
+        if name == "torch":
+            continue
+        reason = refusal(kernel, q, v)
+        if reason is not None:
+            why[name] = reason
+        else:
+            label = name if kernel.exact else f"{name} (quantised)"
+            calls[label] = lambda run=kernel.run: run(q, k, v, q.shape[-1] ** -0.5)
+    return calls, why
+
+
+def _forced(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v)
+
+    return run
+
+
+def sparse(method: Method, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, text: int):
+    """Other packages' kernels that can run this very plan, by name, and why others do not."""
+    calls: dict[str, Call] = {}
+    why: dict[str, str] = {}
+    for module, reason in _UNCOMPARED.items():
+        why[module] = "not installed" if importlib.util.find_spec(module) is None else f"not compared. {reason}"
+    if importlib.util.find_spec("natten") is None:
+        why["natten"] = "not installed"
+    elif type(method) is not GNA or text or q.device.type != "cuda":
+        why["natten"] = "it serves windows over a grid without text"
+    else:
+        calls["natten"] = _natten(method, grid, q, k, v)
+    return calls, why
+
+
+def _natten(method: GNA, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor) -> Call:
+    windows = method.windows(grid)
+    size, stride = (tuple(getattr(w, name) for w in windows) for name in ("size", "stride"))
+    parts = [x.transpose(1, 2).reshape(x.shape[0], *grid, x.shape[1], x.shape[3]).contiguous() for x in (q, k, v)]
+
+    def run() -> Tensor:
+        import natten
+
+        out = natten.na3d(*parts, kernel_size=size, stride=stride)
+        return out.flatten(1, 3).transpose(1, 2)
+
+    return run
+
+
+def usable(calls: dict[str, Call], why: dict[str, str]) -> dict[str, Tensor]:
+    """What each gives; those that raise leave ``calls`` for ``why``."""
+    outs = {}
+    for name, call in list(calls.items()):
+        try:
+            outs[name] = call()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            del calls[name]
+            why[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return outs

@@ -1,0 +1,98 @@
+"""Rows of the kernel benchmark on tiny tensors: what ran, its error, and ratios that follow from its times."""
+
+import pytest
+import torch
+
+from dit_accel.eval.kernels import measure as module
+from dit_accel.eval.kernels import rivals
+from dit_accel.eval.kernels.cases import Case, Shape
+from dit_accel.eval.kernels.clock import in_turn, observed
+from dit_accel.eval.kernels.measure import measure, workload
+from dit_accel.eval.kernels.table import markdown
+from dit_accel.kernels import BlockList, TilePlan
+from dit_accel.kernels.block_sparse import block_sparse_attention
+
+SHAPE = Shape((4, 8, 16), heads=2, dim=16)
+
+
+@pytest.mark.parametrize(
+    ("method", "backend", "tier"), [("random-blocks", "gather", "gather"), ("rectified", "auto", None)]
+)
+def test_a_row(method, backend, tier):
+    case = Case("cpu", "tiny", method, 0.5, backend=backend)
+    row = measure(case, "cpu", seconds=0, shape=SHAPE)
+    median = {name: times["median"] for name, times in row["times"].items()}
+    assert set(median) == {"torch", "sparse", "kernel", "planning", "whole"}
+    assert row["tokens"] == 512
+    assert len(row["tiers"]) == 1
+    assert tier in (None, row["tiers"][0])
+    assert row["of_best"] == pytest.approx(row["kept"] * median["torch"] / median["sparse"])
+    assert row["of_own"] == pytest.approx(row["kept"] * median["whole"] / median["sparse"])
+    assert row["rate"] == pytest.approx(row["work"]["flops"] / median["kernel"] / 1e12)
+    assert max(row["error"].values()) < 1e-5
+    assert f"| tiny | 512 | 16 | {method} |" in markdown({"section": "cpu", "rows": {case.key: row}})
+
+
+def test_quantised_attention_of_all_pairs_has_a_row():
+    row = measure(Case("dense-quant", "tiny", None, quant="sage2"), "cpu", seconds=0, shape=SHAPE)
+    assert row["tiers"] == ["quant-reference"]
+    assert row["kept"] == 1
+    assert 1e-4 < row["error"]["kernel"] < 0.1
+
+
+def test_a_rival_that_ran_another_plan_is_not_compared(monkeypatch):
+    wrong = {"rival": lambda: torch.zeros(1, 2, 512, 16)}
+    monkeypatch.setattr(rivals, "sparse", lambda *_: (wrong, {}))
+    row = measure(Case("sparse", "tiny", "random-blocks", 0.5, backend="gather"), "cpu", seconds=0, shape=SHAPE)
+    assert "rival" not in row["times"]
+    assert "off by 1 from the plan" in row["not_compared"]["rival"]
+
+
+def test_a_method_that_would_run_dense_is_an_error(monkeypatch):
+    monkeypatch.setattr(module, "plan", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="runs this call dense"):
+        measure(Case("cpu", "tiny", "radial", 0.5), "cpu", shape=SHAPE)
+
+
+def test_a_rival_that_raises_says_why():
+    def broken():
+        raise RuntimeError("no kernel for this\nmore")
+
+    calls, why = {"good": lambda: torch.ones(1), "bad": broken}, {}
+    assert set(rivals.usable(calls, why)) == set(calls) == {"good"}
+    assert why == {"bad": "RuntimeError: no kernel for this"}
+
+
+def test_workload_of_uneven_rows():
+    """Rows of 1 and 3 tiles of 4, one of them partial in the second."""
+    full, part = torch.zeros(1, 1, 2, 2, dtype=torch.bool), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    full[0, 0, 0, 0] = full[0, 0, 1, 0] = part[0, 0, 1, 1] = True
+    tiles = TilePlan(4, 4, 8, 8, BlockList.from_mask(full), BlockList.from_mask(part))
+
+    class Made:
+        density = 0.6
+
+        def bytes(self):
+            return 5
+
+    work = workload(Made(), tiles, Shape((1, 2, 4), heads=3, dim=2))
+    assert work["executed"] == pytest.approx(0.75)
+    assert work["partial"] == pytest.approx(1 / 3)
+    assert work["longest"] == pytest.approx(2 / 1.5)
+    assert work["flops"] == pytest.approx(4 * 64 * 2 * 3 * 0.75)
+
+
+def test_sides_take_turns():
+    order = []
+    times = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", seconds=0)
+    assert order == ["a", "b"] * 4
+    assert times["a"]["runs"] == 3
+
+
+def test_the_tier_seen_is_the_one_that_ran():
+    q = torch.randn(1, 1, 8, 4)
+    plan = TilePlan(4, 4, 8, 8, BlockList.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool)))
+    with observed() as tiers:
+        block_sparse_attention(q, q, q, plan, scale=0.5, backend="gather")
+        block_sparse_attention(q, q, q, plan, scale=0.5, backend="reference")
+    assert tiers == ["gather", "reference"]
