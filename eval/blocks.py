@@ -83,7 +83,7 @@ def build(model: Model, blocks: int, device: str, dtype: torch.dtype) -> tuple[n
 @torch.inference_mode()
 def measure(
     name: str, method: str, density: float, *, blocks: int = 1, repeats: int = 5, device: str = "cuda",
-    quant: str | None = None, model: Model | None = None,
+    quant: str | None = None, backend: str = "auto", model: Model | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One model, dense and under ``METHOD`` at ``density``, forwards in turn. Times in seconds."""
     model = model or MODELS[name]
@@ -95,12 +95,12 @@ def measure(
             # One set of weights: two would be two peaks.
             made.load_state_dict(sides["dense"].state_dict(), assign=True)
         sides[side] = made
-    probe = Processor(None)
-    set_attn_processor(sides["accelerated"], probe)
+    set_attn_processor(sides["accelerated"], Processor(None))
     share = _share(sides["accelerated"], call, model, device)
     layout = engines(sides["accelerated"])[0].forward.layout
     chosen = method_of(method, density, layout)
-    set_attn_processor(sides["accelerated"], Processor(chosen, quant=quant, schedule=Schedule.none()))
+    processor = Processor(chosen, quant=quant, schedule=Schedule.none(), backend=backend)
+    set_attn_processor(sides["accelerated"], processor)
     clocks = {side: _Clock(made, model.depth, device) for side, made in sides.items()}
     outs, peaks = {}, {}
     for side, made in sides.items():

@@ -7,6 +7,7 @@ from dit_accel.eval.kernels.subjects import method_of, tensors
 from dit_accel.layout import Layout
 
 
+@pytest.mark.filterwarnings("ignore:Clear is experimental")
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_section_names_shapes_and_methods_that_exist(section):
     found = cases(section)
