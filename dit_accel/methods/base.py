@@ -66,7 +66,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
+        if cls.__dict__.get("name"):  # a subclass without a name of its own does not take its parent's place
             REGISTRY[cls.name] = cls
 
     def check(self, layout: Layout) -> None:
