@@ -155,6 +155,15 @@ def test_a_transformer_for_streams_beside_the_model(stream, tiny_wan, tmp_path, 
     assert run(folder, "--window", "6")[0]["cache"]["window_frames"] == 6
 
 
+def test_the_bundled_model_has_one(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle moves left on a white background\n")
+    assert main(["stream", str(tmp_path / "p.txt"), "--seconds", "0.5", "-o", str(tmp_path / "o")]) == 0
+    assert "not trained" not in capsys.readouterr().err
+    record = json.loads(next((tmp_path / "o").glob("*.json")).read_text())
+    assert (record["causal"], record["guidance"], record["cache"]["window_frames"]) == (True, 1.0, 12)
+    assert len(iio.imread(next((tmp_path / "o").glob("*.mp4")))) == 8
+
+
 def test_other_pipelines_are_refused_by_name(stream, configs_only, capsys):
     folder = configs_only("cog", "CogVideoXPipeline", {}, {})
     assert stream(model=folder) == 2
