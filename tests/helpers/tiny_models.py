@@ -153,8 +153,8 @@ def tiny_tokenizer():
 
 def tiny_run(pipe, steps=4, **settings):
     """Latents of a short run: (1, C, T, H, W) float32, the same for the same arguments."""
-    settings = {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0, **settings}
+    usual = {"prompt": "a red ball runs", "height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
     return pipe(
-        prompt="a red ball runs", negative_prompt="slow", num_inference_steps=steps, max_sequence_length=8,
-        output_type="latent", generator=torch.Generator().manual_seed(0), **settings,
+        negative_prompt="slow", num_inference_steps=steps, max_sequence_length=8, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **{**usual, **settings},
     ).frames  # fmt: skip

@@ -380,7 +380,7 @@ def test_a_pipeline(monkeypatch):
 
 
 def test_a_run_leaves_nothing_to_the_next(monkeypatch):
-    """Interrupted, with another prompt's noise, other step counts, guidance on and off: as on a new engine."""
+    """Interrupted, another prompt, other step counts and sizes, guidance on, off and of two prompts in one batch."""
 
     def fresh(**settings):
         pipe = tiny_pipeline()
@@ -395,7 +395,10 @@ def test_a_run_leaves_nothing_to_the_next(monkeypatch):
         return kwargs
 
     tiny_run(pipe, steps=6, guidance_scale=3.0, callback_on_step_end=interrupt)
-    for settings in ({"steps": 6}, {"steps": 9}, {"steps": 6, "guidance_scale": 1.0}, {"steps": 6, "width": 64}):
+    other = "a slow red ball"
+    both = {"prompt": [other, "a ball"]}
+    for change in ({}, {"prompt": other}, {"steps": 9}, {"guidance_scale": 1.0}, both, {"width": 64}):
+        settings = {"steps": 6, **change}
         assert torch.equal(tiny_run(pipe, **settings), fresh(**settings)), settings
 
 
