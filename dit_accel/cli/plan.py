@@ -134,9 +134,7 @@ def _by_layer(layers: list[dict[str, Any]]) -> list[str]:
 
 def _memory(memory: dict[str, Any]) -> str:
     tables = memory["plan_tables"]
-    kept = (
-        "plan tables are made for every call" if tables is None else f"plan tables {_si(tables)}B over all layers"
-    )
+    kept = "plan tables are made for every call" if tables is None else f"plan tables {_si(tables)}B over all layers"
     return f"{kept}; method state {_si(memory['state'])}B" if memory["state"] else f"{kept}; no method state"
 
 

@@ -375,4 +375,3 @@ def _tokens(call: ops.Primitive) -> tuple[int, int]:
     """Query and key tokens of the call."""
     axis = 1 if call.form == "BSHD" else 2
     return call.query.shape[axis], call.key.shape[axis]
-

@@ -34,9 +34,7 @@ def prompts(name: str = "shapes-120") -> list[str]:
         source = Path(name)
     if not source.is_file():
         known = sorted(p.name.removesuffix(".txt") for p in folder.iterdir() if p.name.endswith(".txt"))
-        raise UsageError(
-            f"no prompt list {name!r}; bundled are {', '.join(known)}, or give the path of a text file"
-        )
+        raise UsageError(f"no prompt list {name!r}; bundled are {', '.join(known)}, or give the path of a text file")
     return [line.strip() for line in source.read_text().splitlines() if line.strip()]
 
 

@@ -178,7 +178,6 @@ class Bench:
         processor.schedule = Schedule.none()
         generate(self.pipe, self.shots[0], processor, steps=1)
 
-
     def _row(self, name: str, prompt: int, result: Result) -> dict[str, Any]:
         keep = ("loop", "attention", "planning", "total")
         seconds = {key: round(result.seconds[key], 4) for key in keep if key in result.seconds}

@@ -59,9 +59,7 @@ def attention(
 
 
 def _flash(q: Tensor, seen: Tensor, dim: int, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, seen[..., :dim], seen[..., dim:], scale=scale
-    )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, seen[..., :dim], seen[..., dim:], scale=scale)
 
 
 def _runs(plan: TilePlan) -> list[Run]:

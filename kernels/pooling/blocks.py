@@ -112,9 +112,7 @@ def block_statistics(
         from . import triton
 
         if triton.serves_moments(k, v):
-            key, value, count, moment, norm = triton.block_statistics(
-                k, v, bounds, live=live, order=order, norms=norms
-            )
+            key, value, count, moment, norm = triton.block_statistics(k, v, bounds, live=live, order=order, norms=norms)
             return Statistics(key, value, count, moment, norm)
     if not norms and (int(bounds[0]), int(bounds[-1])) == (0, k.shape[2]):
         (key, count), (value, _) = (block_means(x, bounds, live=live, order=order) for x in (k, v))

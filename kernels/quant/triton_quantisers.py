@@ -163,9 +163,7 @@ def statistics_arguments(x: Tensor, live: Tensor | None, table: dict[str, Tensor
     return (x, alive_arguments(live), *table.values(), x.stride(), x.shape[2], x.shape[1])
 
 
-def token_arguments(
-    x: Tensor, live: Tensor | None, mean: Tensor | None, out: Quantised, four: Tensor | None
-) -> tuple:
+def token_arguments(x: Tensor, live: Tensor | None, mean: Tensor | None, out: Quantised, four: Tensor | None) -> tuple:
     """The run-time arguments of ``kernel.tokens``, in order."""
     limits = None if four is None else torch.where(four, float(QMAX[4]), float(QMAX[8]))
     return (

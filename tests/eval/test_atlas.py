@@ -143,9 +143,7 @@ def test_a_map_of_two_thousand_blocks_keeps_its_thin_lines(tmp_path):
     blocks[:, 1000] = FULL
     blocks[np.arange(2000), np.arange(2000)] = PARTIAL
     layout = Layout(grid=(2, 250, 256))
-    found = Panel(
-        Radial(), layout, blocks, (64, 64), (1, 2, 3), 5, np.ones((2, 250, 256), dtype=bool), 0, 0.001, 0.001
-    )
+    found = Panel(Radial(), layout, blocks, (64, 64), (1, 2, 3), 5, np.ones((2, 250, 256), dtype=bool), 0, 0.001, 0.001)
     start = time.process_time()
     image = png(save([found], tmp_path / "large.png", dpi=100))[..., :3]
     assert time.process_time() - start < 10

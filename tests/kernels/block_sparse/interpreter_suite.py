@@ -164,9 +164,7 @@ def test_any_number_of_programs_in_any_order_of_rows(make_case, monkeypatch, pro
     assert rows.tolist() != list(range(len(rows)))
     plain = tier.programs
     monkeypatch.setattr(tier, "programs", lambda *a: min(programs, plain(*a)))
-    out, again = tier.attention(
-        case.q, case.k, case.v, plan, scale=case.scale, kv_valid=case.kv_valid, return_lse=True
-    )
+    out, again = tier.attention(case.q, case.k, case.v, plan, scale=case.scale, kv_valid=case.kv_valid, return_lse=True)
     assert torch.equal(out, expected)
     assert torch.equal(lse, again)
 

@@ -66,6 +66,7 @@ def test_it_is_made_once_for_a_plan_that_is_kept_and_not_for_a_short_one_that_is
 
 def test_nothing_is_read_back(uneven):
     """On a GPU these would be transfers: a call per attention must not wait for one."""
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             assert "_local_scalar_dense" not in str(func)

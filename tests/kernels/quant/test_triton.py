@@ -44,6 +44,7 @@ def test_interpreter_suite():
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """``build(arch, dim, recipe, tested)`` -> the compiled kernel."""
+
     def make(arch, dim, recipe, *, tested=False, dead=False):
         monkeypatch.setattr(tier.plain, "tuning_for", lambda plan, q, d, tile_q, tile_k: tuning.tuning(
             divmod(arch, 10), d, q.element_size(), tile_q, tile_k
