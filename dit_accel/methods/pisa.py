@@ -32,10 +32,14 @@ ORDERS = ("zeroth", "hybrid", "first")
 
 # Parameters, and what stays dense. FLUX.1-dev: the released processor and its README, whose first four layers are dense
 # on every step. Wan 2.1 14B and HunyuanVideo: the density of the paper's comparison, 87.5 % sparse, "with warm-up" of
-# unpublished length, so the usual schedule. The 3-D tile of video is not published: ours.
+# unpublished length, so the usual schedule. "wan-sol-engine": Wan 2.1 14B in NVIDIA's Sol-Engine, by its page on PISA
+# (nvlabs.github.io/Sana/Sol-Engine/docs/techniques/sparse/pisa), which gives the density alone: bias and block are the
+# released kernel's defaults, and which layers it keeps dense is not published. The 3-D tile of video is not published:
+# ours.
 PRESETS: dict[str, tuple[dict[str, Any], Schedule]] = {
     "flux": ({"density": 0.15, "norm_bias": True, "tile": (8, 8)}, Schedule(first=0, layers=4)),
     "wan": ({"density": 0.125, "norm_bias": True}, Schedule()),
+    "wan-sol-engine": ({"density": 0.1}, Schedule()),
     "hunyuan-video": ({"density": 0.125, "norm_bias": True}, Schedule()),
 }
 

@@ -23,6 +23,7 @@ from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList
 from ..layout import Layout
 from ..plans import Blocks, Plan
+from ..schedule import Schedule
 from .base import Call, Method, check_density
 from .tiles import densities
 from .vmoba_chunks import PARTITIONS, PUBLISHED, Chunk, Chunking, Chunks, rule
@@ -35,19 +36,33 @@ QUERY_BLOCK = 64
 # Similarities held at a time while heads do not compete: 32 MiB.
 AT_ONCE = 1 << 23
 
-# "wan-*": paper, table 4 (Wan 2.1 1.3B). The first two without training, the others of trained models.
-# "fastvideo-*": the configurations of FastVideo's port, for trained models.
-PRESETS: dict[str, dict[str, Any]] = {
-    "wan-480p": {"chunks": PUBLISHED[21, 30, 52], "select": "topk", "scope": "query_head", "k": (2, 6, 18)},
-    "wan-720p": {"chunks": PUBLISHED[21, 45, 80], "select": "topk", "scope": "query_head", "k": (2, 10, 9)},
-    "wan-576p-trained": {"chunks": PUBLISHED[24, 36, 64], "select": "threshold", "scope": "head_global", "tau": 0.25},
-    "wan-480p-long-trained": {
-        "chunks": PUBLISHED[36, 30, 52], "select": "threshold", "scope": "head_global", "tau": 0.25,
-    },
-    "fastvideo-480p": {
-        "chunks": (2, (3, 4), (4, 6, 4)), "select": "threshold", "scope": "query_head", "k": (3, 20, 15), "tau": 0.25,
-    },
-    "fastvideo-448p": {"chunks": (2, (4, 13), (4, 4, 13)), "select": "topk", "scope": "query_head", "k": (2, 6, 18)},
+# The paper keeps the first quarter of the steps dense; FastVideo's `first_full_step` is 12, of 50 steps.
+_PAPER, _FASTVIDEO = Schedule(first=0.25), Schedule(first=12)
+
+
+def _topk(chunks: Chunks, k: tuple[int, int, int], schedule: Schedule) -> tuple[dict[str, Any], Schedule]:
+    return {"chunks": chunks, "select": "topk", "scope": "query_head", "k": k}, schedule
+
+
+def _trained(chunks: Chunks) -> tuple[dict[str, Any], Schedule]:
+    return {"chunks": chunks, "select": "threshold", "scope": "head_global", "tau": 0.25}, _PAPER
+
+
+# Parameters, and what stays dense. "wan-*": paper, table 4 (Wan 2.1 1.3B). The first two without training, the others
+# of trained models. "fastvideo-*": the configurations of FastVideo's port, for trained models.
+PRESETS: dict[str, tuple[dict[str, Any], Schedule]] = {
+    "wan-480p": _topk(PUBLISHED[21, 30, 52], (2, 6, 18), _PAPER),
+    "wan-720p": _topk(PUBLISHED[21, 45, 80], (2, 10, 9), _PAPER),
+    "wan-576p-trained": _trained(PUBLISHED[24, 36, 64]),
+    "wan-480p-long-trained": _trained(PUBLISHED[36, 30, 52]),
+    "fastvideo-480p": (
+        {
+            "chunks": (2, (3, 4), (4, 6, 4)), "select": "threshold", "scope": "query_head", "k": (3, 20, 15),
+            "tau": 0.25,
+        },
+        _FASTVIDEO,
+    ),
+    "fastvideo-448p": _topk((2, (4, 13), (4, 4, 13)), (2, 6, 18), _FASTVIDEO),
 }  # fmt: skip
 
 
@@ -108,11 +123,14 @@ class VMoBA(Method):
         Sources: ``wan-480p`` (81 frames 480 x 832) and ``wan-720p`` (81 x 720 x 1280), without training, and
         ``wan-576p-trained`` (93 x 576 x 1024) and ``wan-480p-long-trained`` (141 x 480 x 832): paper, table 4.
         ``fastvideo-480p`` (77 x 480 x 832) and ``fastvideo-448p`` (77 x 448 x 832): FastVideo's configurations. On
-        other grids their chunks leave ragged ends.
+        other grids their chunks leave ragged ends. :meth:`preset_schedule` has the dense steps that go with it.
         """
-        if name not in PRESETS:
-            raise UsageError(f"unknown VMoBA preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**{**_preset(name)[0], **changes})
+
+    @classmethod
+    def preset_schedule(cls, name: str) -> Schedule:
+        """The dense steps that a configuration was published with: FastVideo's as a count, the paper's as a share."""
+        return _preset(name)[1]
 
     def chunk(self, layout: Layout, layer: int) -> Chunk:
         """The chunk size of ``layer`` on ``layout``."""
@@ -281,3 +299,9 @@ def _counts(value: Any) -> int | float | tuple[int | float, ...]:
                 f"these for {', '.join(PARTITIONS)}; got {value!r}"
             )
     return many if isinstance(value, Iterable) else value
+
+
+def _preset(name: str) -> tuple[dict[str, Any], Schedule]:
+    if name not in PRESETS:
+        raise UsageError(f"unknown VMoBA preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

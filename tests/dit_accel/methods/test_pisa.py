@@ -312,7 +312,7 @@ def test_presets_and_round_trip():
     assert processor.schedule == Schedule(first=0, layers=4)
     assert PisaProcessor.preset("flux", schedule=Schedule(first=2)).schedule == Schedule(first=2)
     assert PisaProcessor.preset("wan").schedule == PisaProcessor().schedule == Schedule()
-    with pytest.raises(UsageError, match="flux, wan, hunyuan-video"):
+    with pytest.raises(UsageError, match="flux, wan, wan-sol-engine, hunyuan-video"):
         PisaProcessor.preset("flix")
     method = Pisa(tile=[1, 8, 8])
     assert Method.from_dict(method.to_dict()) == method
