@@ -82,7 +82,7 @@ class TuneJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``verdict``: what full runs said. ``found``: what short ones said. ``files``: the preset and its plans, or none."""
+    """``verdict``: of full runs. ``found``: what short ones said. ``files``: the preset and its plans, or none."""
 
     verdict: Verdict
     found: Found
