@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -11,6 +12,16 @@ from dit_accel.eval.report import report
 pytestmark = pytest.mark.browser
 sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def until(page, expression):
+    """Wait until ``expression`` holds. Playwright's own waiting evaluates text inside the page, which the page's
+    content security policy forbids, as it should."""
+    limit = time.monotonic() + 30
+    while not page.evaluate(expression):
+        if time.monotonic() > limit:
+            pytest.fail(f"never became true within 30 s: {expression}; the page said {page.said}")
+        page.wait_for_timeout(50)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +53,7 @@ def page(written):
         page.on("console", lambda message: page.said.append(message.text))
         page.on("pageerror", lambda error: page.said.append(str(error)))
         page.goto(written[0].as_uri())
-        page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
+        until(page, "[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
         yield page
         assert page.said == []
         assert all(url.startswith(("file:", "data:")) for url in page.asked)
@@ -52,7 +63,7 @@ def page(written):
 
 def test_players_play_in_step_and_draw(page):
     page.click(".controls button")
-    page.wait_for_function("[...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime > 0.3)")
+    until(page, "[...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime > 0.3)")
     times = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)")
     assert len(times) == 2
     assert abs(times[0] - times[1]) < 0.2
@@ -72,7 +83,7 @@ def test_players_play_in_step_and_draw(page):
 def test_seeking_moves_every_player(page):
     page.evaluate("""{const s = document.querySelector('.controls input');
         s.value = 0.5; s.dispatchEvent(new Event('input'));}""")
-    page.wait_for_function("[...document.querySelectorAll('video')].every(v => !v.seeking && v.currentTime > 0.5)")
+    until(page, "[...document.querySelectorAll('video')].every(v => !v.seeking && v.currentTime > 0.5)")
     shares = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime / v.duration)")
     assert shares == pytest.approx([0.5, 0.5], abs=0.05)
 
