@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..select.api import on_gpu
-from .segments import live_segments, segment_sums, serves
+from .segments import live_segments, segment_spreads, segment_sums, serves
 
 # Elements of the largest temporary, unless a single block of one head is larger.
 CHUNK = 1 << 22
@@ -74,6 +74,9 @@ def block_spreads(
 
         return triton.block_means(x, bounds, live=live, order=order, spreads=True)
     count = block_counts(bounds, live=live, order=order, device=x.device)
+    if serves(x) and live is None and (order is None or order.ndim == 1) and bool((bounds.diff() > 0).all()):
+        (tokens,), (starts,) = _segments(bounds, None, order)
+        return *segment_spreads(x, tokens, starts), count
     means, spreads = x.new_empty((2, *x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
     for part in _parts(x.shape, bounds, live, order, x.device):
         tokens, where = part.load(x, dtype), (slice(None), part.heads, part.blocks)

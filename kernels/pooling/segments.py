@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+# Elements gathered at once: what two cores' second level caches hold.
+CHUNK = 1 << 19
+
 
 def serves(x: Tensor) -> bool:
     """Whether :func:`segment_sums` is the way to pool x: it adds up in the dtype of x, and is fast for float32."""
@@ -34,10 +37,43 @@ def segment_sums(x: Tensor, tokens: list[Tensor], starts: list[Tensor]) -> Tenso
     return out
 
 
+def segment_spreads(x: Tensor, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and mean absolute deviations (B, H, R, D) over the tokens of R segments of x (B, H, N, D), none empty.
+
+    ``tokens`` and ``starts`` as in :func:`segment_sums`, for all samples. Segments of one length in a row are gathered
+    once, all heads together where they lie together, and worked on in place.
+    """
+    batch, heads, _, dim = x.shape
+    lengths = torch.diff(starts, append=starts.new_tensor([len(tokens)])).tolist()
+    means, spreads = x.new_empty((2, batch, heads, len(lengths), dim))
+    for b in range(batch):
+        for some, rows in _rows(x[b]):
+            for first, stop in _equal(lengths, max(CHUNK // rows.shape[1], 1)):
+                begin, length = int(starts[first]), lengths[first]
+                part = rows.index_select(0, tokens[begin : begin + (stop - first) * length])
+                part = part.unflatten(0, (stop - first, length))
+                mean = part.sum(1, keepdim=True).div_(length)
+                spread = part.sub_(mean).abs_().sum(1).div_(length)
+                for out, found in ((means, mean[:, 0]), (spreads, spread)):
+                    out[b, some, first:stop] = found.unflatten(-1, (-1, dim)).transpose(0, 1)
+    return means, spreads
+
+
 def live_segments(tokens: Tensor, starts: Tensor, live: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """``tokens`` and ``starts`` of one sample each, without what is not live. ``live``: bool (B, len(tokens))."""
     before = torch.nn.functional.pad(live.cumsum(-1), (1, 0))
     return [tokens[alive] for alive in live], list(before[:, starts])
+
+
+def _equal(lengths: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive segments of one length, with no more than ``most`` tokens where they are several."""
+    first = 0
+    for at, length in enumerate(lengths):
+        if length != lengths[first] or (at > first and (at - first + 1) * length > most):
+            yield first, at
+            first = at
+    if lengths:
+        yield first, len(lengths)
 
 
 def _rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:

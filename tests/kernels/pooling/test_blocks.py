@@ -77,8 +77,14 @@ def test_equals_brute_force(name, dead, order, chunk, monkeypatch):
 @pytest.mark.parametrize("name", SIZES)
 def test_spreads_are_mean_absolute_deviations(name, dead, order, monkeypatch):
     monkeypatch.setattr(implementation, "CHUNK", 200)
+    monkeypatch.setattr(segments, "CHUNK", 200)
     k, _, bounds, more = case(SIZES[name], dead=dead, order=order)
+    calls = []
+    monkeypatch.setattr(
+        implementation, "segment_spreads", lambda *args: calls.append(1) or segments.segment_spreads(*args)
+    )
     means, spreads, count = block_spreads(k, bounds, **more)
+    assert bool(calls) == (not dead and order != "per head" and name != "empty block")
     known, counted = block_means(k, bounds, **more)
     torch.testing.assert_close(means, known)
     assert torch.equal(count, counted)
@@ -117,6 +123,7 @@ def test_strided_heads_are_the_same():
     k, _, bounds, _ = case(SIZES["tail"])
     strided = k.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(block_means(strided, bounds)[0], block_means(k, bounds)[0])
+    assert torch.equal(block_spreads(strided, bounds)[1], block_spreads(k, bounds)[1])
 
 
 def test_a_common_bias_of_the_keys_does_not_cost_the_moment_its_digits():
