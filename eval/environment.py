@@ -44,6 +44,17 @@ def environment() -> dict[str, dict[str, Any]]:
     }
 
 
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """In what two environments differ that times depend on: ``"cpu.threads (2 there, 1 here)"``. Empty: one machine."""
+    found = []
+    for section in ("versions", "cpu", "gpus", "tiers", "dense_kernels"):
+        old, new = there.get(section, {}), here.get(section, {})
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                found.append(f"{section}.{name} ({old.get(name)} there, {new.get(name)} here)")
+    return found
+
+
 def versions() -> dict[str, str | None]:
     """Versions of this package, Python, the operating system and the required packages."""
     found = {"dit-accel": __version__, "python": platform.python_version(), "system": platform.platform()}

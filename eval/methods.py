@@ -4,7 +4,8 @@ Three measurements of the same candidates, each continued from the JSON where it
 
 - ``error``: attention error and retained mass on the q, k and v of dense renders (:mod:`.attention`);
 - ``quality``: whole renders from the same noise as dense ones: PSNR against dense, and the shape suite's grades;
-- ``speed``: renders of the last prompt timed in turn, dense ones between, medians; they count for quality too.
+- ``speed``: renders of the last prompt timed in turn, dense ones between, medians; they count for quality too. All of
+  one machine, which is the file's ``environment``; ``--fresh-speed`` drops them and measures again.
 
 A candidate is ``METHOD@DENSITY``, ``METHOD@DENSITY+QUANT`` or ``dense+QUANT``. PARO plans are calibrated on prompts
 that are not measured.
@@ -25,24 +26,25 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from ..pipelines.acceleration import DENSE, Acceleration
 from ..pipelines.calibrate import CalibrationJob, calibrate_paro, plan_shots
 from ..pipelines.generate import Result, generate
 from ..pipelines.job import Job, Shot, resolve
 from ..pipelines.load import load, pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
-from ..pipelines.prompts import Prompt
+from ..pipelines.prompts import Prompt, parse_size
 from ..processors import Processor
 from ..schedule import Schedule
 from .attention import measure
-from .environment import environment
+from .environment import differences, environment
 from .fidelity import fidelity
 from .method_spec import PARAMETERS
 from .shapes.grade import grade
 from .shapes.job import paired
 from .shapes.suite import bootstrap, prompts
 from .speed import EMULATED
+from .tables import machine
 
 SCHEMA = 1
 METHODS = ("radial", "gna", "paro", "adaspa", "vmoba", "pisa", "rectified", "pyramid")
@@ -61,7 +63,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. Candidates by name; prompts by number, spread over the bundled suite."""
+    """What to measure. Candidates by name; prompts by number, spread over the bundled suite.
+
+    ``fresh_speed``: forget every speed row of a file that is continued.
+    """
 
     candidates: tuple[str, ...]
     measurements: tuple[str, ...] = MEASUREMENTS
@@ -69,6 +74,7 @@ class Settings:
     error_prompts: int = 1
     error_steps: int = 6
     repeats: int = 1
+    fresh_speed: bool = False
     seed: int = 0
     steps: int | None = None
     size: tuple[int, int] | None = None
@@ -109,7 +115,7 @@ def make(name: str, info: ModelInfo, settings: Settings, plan_file: Callable[[fl
 
 def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Measure, writing ``out`` after every render. Plain JSON values: ``rows`` of single renders, ``table``, and what
-    they were made with. Raises ``UsageError`` where ``out`` holds another run."""
+    they were made with. Raises ``UsageError`` where ``out`` holds another run, or speed rows of another machine."""
     info = inspect_model(settings.model)
     device = pick_device(settings.device)
     shots = _shots(info, settings)
@@ -118,6 +124,7 @@ def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] 
         "seed": settings.seed, "size": [shots[0].width, shots[0].height], "frames": shots[0].frames,
     }  # fmt: skip
     document = _continued(out, described)
+    here = _timing_machine(document, settings, out)
     candidates = [make(name, info, settings, _calibrated(settings, say)) for name in settings.candidates]
     document["candidates"] |= {one.name: one.processor.to_dict() | {"reached": one.reached} for one in candidates}
     pipe = load(info, dtype=pick_dtype("auto", device), device=str(device))
@@ -125,9 +132,6 @@ def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] 
 
     def keep() -> None:
         document["table"] = table(document)
-        # Of the machine that timed: quality is the same on any.
-        if "speed" in settings.measurements or "environment" not in document:
-            document["environment"] = environment()
         if out is not None:
             _save(out, document)
 
@@ -149,6 +153,7 @@ def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] 
         done = {row["side"] for row in document["rows"] if (row["prompt"], row["seed"]) == (shot.prompt, shot.seed)}
         for timing, result, dense in _speed(pipe, shot, candidates, settings.repeats):
             document["speed"].append(timing)
+            document["environment"] = here
             if timing["candidate"] not in done:
                 document["rows"].append(_row(shot, timing["candidate"], result, dense))
                 done.add(timing["candidate"])
@@ -323,6 +328,33 @@ def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
     return empty | old
 
 
+def _timing_machine(document: dict[str, Any], settings: Settings, out: Path | None) -> dict[str, Any] | None:
+    """The environment of speed rows to come, None where none will. Leaves the document an environment only with speed
+    rows, which it belongs to: quality is the same on any machine."""
+    timed = "speed" in settings.measurements
+    if settings.fresh_speed:
+        if not timed:
+            raise UsageError(
+                f"--fresh-speed measures speed again and the measurements are {', '.join(settings.measurements)}; add "
+                "speed to --measure, or leave --fresh-speed out"
+            )
+        document["speed"] = []
+    if not document["speed"]:
+        document.pop("environment", None)
+    if not timed:
+        return None
+    here, there = environment(), document.get("environment")
+    if document["speed"] and (there is None or differences(there, here)):
+        which = "a machine that it does not name" if there is None else f"another machine: {machine(there)}"
+        details = "" if there is None else f" They differ in {'; '.join(differences(there, here))}."
+        raise UsageError(
+            f"{out} holds {len(document['speed'])} speed rows of {which}; this one is {machine(here)}.{details} Times "
+            "of two machines are not pooled; add --fresh-speed to drop the old speed rows and measure again (quality "
+            "rows stay), give another file with -o, or leave speed out of --measure"
+        )
+    return here
+
+
 def _save(out: Path, data: dict[str, Any]) -> None:
     part = out.with_name(out.name + ".partial")
     part.write_text(json.dumps(data, indent=1) + "\n")
@@ -340,8 +372,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--error-prompts", type=int, default=1)
     add("--error-steps", type=int, default=6, help="steps of a render at which errors are taken (default: 6)")
     add("--repeats", type=int, default=1, help="timed renders of every candidate (default: 1)")
+    add(
+        "--fresh-speed",
+        action="store_true",
+        help="drop every speed row of the file, as of another machine, and measure again; quality rows stay",
+    )
     add("--seed", type=int, default=0)
     add("--steps", type=int, help="denoising steps (default: the model's)")
+    add("--size", metavar="WxH", help="width x height in pixels (default: the model's)")
+    add("--frames", type=int, help="number of frames (default: the model's)")
     add("--model", help="pipeline folder or hub id (default: the bundled model)")
     add("--device", default="auto")
     add("--plans", type=Path, default=Path("paro-plans"), help="folder of PARO's calibrated plans")
@@ -350,7 +389,12 @@ def main(argv: list[str] | None = None) -> int:
     out = args.pop("out")
     args["candidates"] = tuple(args["candidates"]) or tuple(f"{m}@{d:g}" for m in METHODS for d in DENSITIES)
     args["measurements"] = tuple(args.pop("measure"))
-    document = run(Settings(**args), out, lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        args["size"] = parse_size(args["size"]) if args["size"] else None
+        document = run(Settings(**args), out, lambda text: print(text, file=sys.stderr, flush=True))
+    except (UsageError, UnsupportedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(markdown(document))
     return 0
 

@@ -31,8 +31,10 @@ def renderer(document: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     return markdown
 
 
-def machine(environment: dict[str, Any]) -> str:
-    """One line: GPUs or the CPU, torch, and Triton where it is installed."""
+def machine(environment: dict[str, Any] | None) -> str:
+    """One line: GPUs or the CPU, torch, and Triton where it is installed. Empty for no environment."""
+    if environment is None:
+        return ""
     gpus = [name for key, name in environment["gpus"].items() if key.startswith("cuda:")]
     cpu = environment["cpu"]
     parts = gpus or [f"{cpu['name']}, {cpu['threads']} threads"]
@@ -42,11 +44,12 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def section(path: Path) -> str:
-    """One file's table under its command and machine."""
+    """One file's table under its command and machine, where it has them."""
     document = json.loads(path.read_text(encoding="utf-8"))
     made = renderer(document)(document)
-    command = f"`{document['command']}` on " if "command" in document else ""
-    return f"{command}{machine(document['environment'])} ({path.name}):\n\n{made}"
+    # A file without times has no machine.
+    parts = [f"`{document['command']}`" if "command" in document else "", machine(document.get("environment"))]
+    return f"{' on '.join(filter(None, parts))} ({path.name}):\n\n{made}".lstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

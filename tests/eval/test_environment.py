@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import torch
 
 from dit_accel.eval import environment as module
-from dit_accel.eval.environment import environment, tiers
+from dit_accel.eval.environment import differences, environment, tiers
 
 
 def test_everything_is_plain_json_and_the_safe_tiers_work(monkeypatch):
@@ -24,6 +24,21 @@ def test_everything_is_plain_json_and_the_safe_tiers_work(monkeypatch):
     assert found["tiers"]["gather"] == found["tiers"]["reference"] == {"usable": True}
     assert found["versions"]["torch"]
     assert found["cpu"]["cores"] >= 1
+
+
+def test_differences_are_of_what_times_depend_on(monkeypatch):
+    monkeypatch.setattr(module, "_flex", lambda: None)
+    here = environment()
+    there = json.loads(json.dumps(here))
+    assert differences(there, here) == []
+    there["cpu"]["threads"] = 96
+    there["gpus"]["cuda:7"] = "H200"
+    there["variables"]["HF_HOME"] = "elsewhere"
+    there["model"]["bundled"] = "missing"
+    threads = here["cpu"]["threads"]
+    assert differences(there, here) == [
+        f"cpu.threads (96 there, {threads} here)", "gpus.cuda:7 (H200 there, None here)",
+    ]  # fmt: skip
 
 
 def test_an_unusable_tier_says_why(monkeypatch):

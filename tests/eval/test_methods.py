@@ -9,7 +9,10 @@ import torch
 
 from dit_accel.errors import UsageError
 from dit_accel.eval import memory
-from dit_accel.eval.methods import Settings, markdown, run, split
+from dit_accel.eval import methods as module
+from dit_accel.eval.environment import environment
+from dit_accel.eval.methods import Settings, main, markdown, run, split
+from dit_accel.eval.tables import section
 
 
 @pytest.mark.parametrize(
@@ -63,8 +66,6 @@ def test_every_candidate_is_measured(document):
 
 
 def test_what_is_measured_is_not_measured_again(document, settings, monkeypatch):
-    import dit_accel.eval.methods as module
-
     before = json.loads(document.read_text())
     calls = []
     generate = module.generate
@@ -78,6 +79,93 @@ def test_what_is_measured_is_not_measured_again(document, settings, monkeypatch)
 def test_a_file_of_another_run_is_refused(document, settings):
     with pytest.raises(UsageError, match="other settings"):
         run(replace(settings, steps=4), document)
+
+
+@pytest.fixture
+def timed_elsewhere(document, settings, tmp_path):
+    """The run's command line, and a copy of its file that was timed on a machine with other threads."""
+    found = json.loads(document.read_text())
+    found["environment"]["cpu"] |= {"name": "Some CPU", "threads": 96}
+    for row in found["speed"]:
+        row["seconds"] = dict.fromkeys(row["seconds"], 1e6)
+    out = tmp_path / "methods.json"
+    out.write_text(json.dumps(found))
+    argv = ["random-blocks", "--model", settings.model, "--steps", "3", "--size", "96x64", "--frames", "17",
+            "--prompts", "1", "--plans", str(tmp_path / "plans"), "-o", str(out)]  # fmt: skip
+    return argv, out
+
+
+def test_speed_rows_of_two_machines_are_refused(timed_elsewhere, capsys, monkeypatch):
+    argv, out = timed_elsewhere
+    before = out.read_bytes()
+    # Refused before anything is loaded or rendered.
+    monkeypatch.setattr(module, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    assert main([*argv, "--measure", "speed"]) == 2
+    done = capsys.readouterr()
+    here = environment()["cpu"]
+    assert "holds 4 speed rows of another machine: Some CPU, 96 threads, torch" in done.err
+    assert f"this one is {here['name']}, {here['threads']} threads, torch" in done.err
+    assert f"cpu.threads (96 there, {here['threads']} here)" in done.err
+    assert "add --fresh-speed" in done.err
+    assert done.out == ""
+    assert out.read_bytes() == before
+
+
+def test_speed_rows_of_a_machine_without_a_name_are_refused(timed_elsewhere, capsys):
+    argv, out = timed_elsewhere
+    found = json.loads(out.read_text())
+    del found["environment"]
+    out.write_text(json.dumps(found))
+    assert main([*argv, "--measure", "speed"]) == 2
+    assert "a machine that it does not name" in capsys.readouterr().err
+
+
+def test_quality_goes_on_beside_speed_rows_of_another_machine(timed_elsewhere):
+    argv, out = timed_elsewhere
+    before = json.loads(out.read_text())
+    assert main(["vmoba", *argv[1:], "--measure", "quality"]) == 0
+    after = json.loads(out.read_text())
+    assert len(after["rows"]) == len(before["rows"]) + 1
+    assert (after["speed"], after["environment"]) == (before["speed"], before["environment"])
+
+
+def test_fresh_speed_measures_speed_again_and_keeps_quality(timed_elsewhere):
+    argv, out = timed_elsewhere
+    before = json.loads(out.read_text())
+    assert main([*argv, "--measure", "speed", "--fresh-speed"]) == 0
+    after = json.loads(out.read_text())
+    assert after["rows"] == before["rows"]
+    assert [row["candidate"] for row in after["speed"]] == ["dense", "random-blocks"]
+    assert all(row["seconds"]["loop"] < 1e6 for row in after["speed"])
+    assert after["environment"]["cpu"] == json.loads(json.dumps(environment()["cpu"]))
+    # The same machine goes on without being asked.
+    assert main([*argv, "--measure", "speed"]) == 0
+    assert len(json.loads(out.read_text())["speed"]) == 4
+
+
+def test_fresh_speed_without_speed_is_refused(timed_elsewhere, capsys):
+    argv, out = timed_elsewhere
+    before = out.read_bytes()
+    assert main([*argv, "--measure", "quality", "--fresh-speed"]) == 2
+    assert "add speed to --measure" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_an_environment_comes_with_speed_rows_only(document, settings, tmp_path):
+    assert "environment" in json.loads(document.read_text())
+    found = run(replace(settings, candidates=("random-blocks",), measurements=("quality",)), tmp_path / "quality.json")
+    assert found["rows"]
+    assert "environment" not in found
+    assert section(tmp_path / "quality.json").startswith("(quality.json):")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["pisa@2"], "METHOD@DENSITY"), (["pisa@0.5", "--size", "big"], "WIDTHxHEIGHT")]
+)
+def test_a_usage_error_is_told_and_exits_with_2(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_table_as_markdown(document):
