@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ..diffusers import engines, reset_attn_processor, set_attn_processor
+from ..diffusers.by_step import series
 from ..diffusers.stats import INTENDED, Stats, drift_over
 from ..errors import UnsupportedError
 from ..processors import Processor
@@ -28,7 +29,8 @@ def counted(pipe: Any) -> dict[str, Any]:
 
     ``tiers``: sparse calls by execution tier. ``density``: mean kept fraction of the sparse calls' layers.
     ``effective_density``: kept pairs over all pairs, dense steps and layers included. ``fallbacks``: calls that
-    were meant to be sparse and ran dense, by reason. ``layers``: the same per layer.
+    were meant to be sparse and ran dense, by reason. ``layers``: the same per layer; ``density_steps`` and, where the
+    guard measured it, ``drift_steps`` hold a value per denoising step, dense calls counted, None where nothing ran.
     """
     found = [engine.stats for engine in engines(pipe)]
     if not found:
@@ -38,6 +40,7 @@ def counted(pipe: Any) -> dict[str, Any]:
     densities = [stats.density for stats in found if stats.density is not None]
     seconds = [stats.attention_seconds for stats in found]
     planning = [getattr(stats, "planning_seconds", None) for stats in found]
+    steps = 1 + max((step for stats in found for layer in stats.layers for step in layer.steps), default=-1)
     return {
         "tier": tiers.most_common(1)[0][0] if tiers else "dense",
         "tiers": dict(tiers),
@@ -58,6 +61,8 @@ def counted(pipe: Any) -> dict[str, Any]:
             {
                 "name": layer.name, "density": layer.density, "sparse": layer.sparse, "dense": dict(layer.dense),
                 "checks": layer.checks, "drift": layer.drift,
+                "density_steps": series(layer.steps, "density", steps),
+                "drift_steps": series(layer.steps, "drift", steps) if layer.drift else None,
             }
             for stats in found
             for layer in stats.layers

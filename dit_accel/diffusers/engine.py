@@ -235,7 +235,7 @@ class Engine:
             logger.warning(message)
 
     def _dense(self, layer: int, call: ops.Primitive, reason: str) -> Tensor:
-        self.stats.count_dense(layer, reason, _pairs(call))
+        self.stats.count_dense(layer, reason, _pairs(call), self.forward.step.index if self.forward else 0)
         return call.dense()
 
     def _sparse(self, layer: int, call: ops.Primitive, layout: Layout, live: Live | None) -> Tensor:
@@ -264,7 +264,7 @@ class Engine:
         )  # fmt: skip
         if self.processor.guard.active and not self._passes(layer, Ran(q, k, v, out, plan, call.scale, valid, quant)):
             return self._dense(layer, call, "guard")
-        self.stats.count_sparse(layer, plan, method.static, tier, why, _pairs(call))
+        self.stats.count_sparse(layer, plan, method.static, tier, why, _pairs(call), forward.step.index)
         return call.back(out.roll(turn, 2) if turn else out)
 
     def _passes(self, layer: int, ran: Ran) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..plans import Plan
+from .by_step import Cell
 
 # Dense on purpose; every other reason is a fallback. "method": its own dense steps; "guide": FreeSwim's full path.
 INTENDED = frozenset({"schedule", "method", "baseline", "cross", "guide"})
@@ -25,6 +26,7 @@ class LayerStats:
 
     ``layout``: of the tokens of the last call that was understood. ``tier_reason``: why the last tier was chosen.
     ``last``: what the last call did, ``"sparse"`` or the dense reason. ``checks``: calls whose rows the guard sampled.
+    ``steps``: the same by index of the denoising step.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LayerStats:
     last: str = ""
     layout: Layout | None = None
     checks: int = 0
+    steps: dict[int, Cell] = field(default_factory=dict)
     _drift: Tensor | None = None
     _kept: Plan | Tensor | None = None
 
@@ -150,33 +153,38 @@ class Stats:
             self._events.clear()
         return float(self._seconds[what])
 
-    def count_dense(self, layer: int, reason: str, pairs: int) -> None:
+    def count_dense(self, layer: int, reason: str, pairs: int, step: int) -> None:
         entry = self.layers[layer]
+        entry.steps.setdefault(step, Cell()).add_dense()
         entry.dense[reason] += 1
         entry.last = reason
         self._pairs += pairs
         self._dense_pairs += pairs
 
-    def count_sparse(self, layer: int, plan: Plan, static: bool, tier: str, reason: str, pairs: int) -> None:
+    def count_sparse(self, layer: int, plan: Plan, static: bool, tier: str, reason: str, pairs: int, step: int) -> None:
         entry = self.layers[layer]
+        cell = entry.steps.setdefault(step, Cell())
         entry.tiers[tier] += 1
         entry.tier_reason, entry.last = reason, "sparse"
         self._pairs += pairs
         if static:
             entry._kept = plan
+            cell.add(plan)
             self._static[id(plan)] = plan, self._static.get(id(plan), (plan, 0))[1] + pairs
             return
         entry._kept = _visited(plan)
+        cell.add(entry._kept)
         if not self._dynamic:
             self._dynamic.append(torch.zeros((), dtype=torch.float64, device=plan.device))
         self._dynamic[0] += entry._kept * pairs
 
-    def count_check(self, layer: int, drift: Tensor | None) -> None:
+    def count_check(self, layer: int, drift: Tensor | None, step: int) -> None:
         """A call was sampled; ``drift``: its scalar on the device, where that was measured. No host sync."""
         entry = self.layers[layer]
         entry.checks += 1
         if drift is None:
             return
+        entry.steps.setdefault(step, Cell()).add_drift(drift)
         if entry._drift is None or entry._drift.device != drift.device:
             entry._drift = torch.zeros(3, dtype=torch.float32, device=drift.device)
         known = drift.isfinite()
@@ -230,9 +238,14 @@ def drift_over(layers: Iterable[LayerStats]) -> dict[str, float] | None:
 
 
 def _visited(plan: Plan) -> Tensor:
-    """float64 scalar on the plan's device: visited share of the block pairs, without a host sync."""
+    """float64 scalar on the plan's device: visited share of the pairs, by blocks, without a host sync.
+
+    A representative counts as one key, as in :attr:`Plan.density`.
+    """
     lists = [entry for entry in (plan.full, plan.partial) if entry is not None]
-    return sum(entry.count.to(torch.float64).mean() for entry in lists) / plan.k_blocks.count
+    exact = sum(entry.count.to(torch.float64).mean() for entry in lists) / plan.k_blocks.count
+    reps = sum(group.seen.count.to(torch.float64).mean() * group.width for group in plan.reps)
+    return exact + reps / plan.k_blocks.n
 
 
 def _density(kept: Plan | Tensor) -> float:

@@ -139,5 +139,5 @@ class Watch:
             measured.append((FAULT, fault_of(out, rows), tolerance(ran.q.dtype, ran.quant)))
         if guard.drift:
             measured.append((DRIFT, drift_of(out, rows), guard.budget_of(layer)))
-        self._stats.count_check(layer, measured[-1][1] if guard.drift else None)
+        self._stats.count_check(layer, measured[-1][1] if guard.drift else None, step.index)
         return measured

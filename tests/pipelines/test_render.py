@@ -56,6 +56,9 @@ def test_every_prompt_gets_a_file_and_a_sidecar(make):
     assert (attention["sparse_calls"], attention["dense_calls"]) == (6, {"schedule": 6})
     assert attention["density"] == pytest.approx(outcomes[0].shot.choice.density)
     assert attention["effective_density"] == pytest.approx((1 + attention["density"]) / 2)
+    for layer in attention["layers"]:
+        assert layer["density_steps"] == pytest.approx([1.0, attention["density"]], abs=1e-4)
+        assert layer["drift_steps"] is None
     assert {"text", "loop", "attention", "vae", "export", "total"} <= set(record["seconds"])
     assert record["seconds"]["attention"] <= record["seconds"]["loop"] <= record["seconds"]["total"]
     assert record["versions"]["torch"] == torch.__version__
