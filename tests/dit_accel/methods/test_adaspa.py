@@ -379,29 +379,6 @@ def test_a_pipeline(monkeypatch):
     assert engine.stats.density < 0.6
 
 
-def test_a_run_leaves_nothing_to_the_next(monkeypatch):
-    """Interrupted, another prompt, other step counts and sizes, guidance on, off and of two prompts in one batch."""
-
-    def fresh(**settings):
-        pipe = tiny_pipeline()
-        pipe.set_attn_processor(AdaSpaProcessor(**SMALL))
-        return tiny_run(pipe, **settings)
-
-    pipe = tiny_pipeline()
-    pipe.set_attn_processor(AdaSpaProcessor(**SMALL))
-
-    def interrupt(pipe, index, timestep, kwargs):
-        pipe._interrupt = index >= 3
-        return kwargs
-
-    tiny_run(pipe, steps=6, guidance_scale=3.0, callback_on_step_end=interrupt)
-    other = "a slow red ball"
-    both = {"prompt": [other, "a ball"]}
-    for change in ({}, {"prompt": other}, {"steps": 9}, {"guidance_scale": 1.0}, both, {"width": 64}):
-        settings = {"steps": 6, **change}
-        assert torch.equal(tiny_run(pipe, **settings), fresh(**settings)), settings
-
-
 def test_a_cache_that_skips_search_steps(monkeypatch):
     """Attention is broadcast from every even step to the odd one: searches at 1 and 5 are made at 2 and 6."""
     pipe, searched = tiny_pipeline(), searches_of(monkeypatch)

@@ -53,12 +53,13 @@ def tensors(layout, *, kv_heads=H, seed=0, noise=0.4, size=8):
 
 @dataclass
 class Brute:
-    """Output, kept blocks and pooled attention of every head, from the formulas."""
+    """Output, blocks kept and compensated, and pooled attention of every head, from the formulas."""
 
     out: torch.Tensor
     kept: dict
     pooled: dict
     factor: dict
+    added: dict
     compensated: int = 0
     left_out: int = 0
 
@@ -97,7 +98,7 @@ def brute(q, k, v, layout, method, kv_valid=None):
     blocks, beside = blocks_of(layout, method)
     count, scale = len(blocks), D**-0.5
     always, groups = forced(layout, method, blocks), H // k.shape[1]
-    found = Brute(torch.empty(B, H, layout.tokens, DV).double(), {}, {}, {})
+    found = Brute(torch.empty(B, H, layout.tokens, DV).double(), {}, {}, {}, {})
     for b in range(B):
         valid = layout.tokens if kv_valid is None else int(kv_valid[b])
         live = [[t for t in block if t < valid] for block in blocks]
@@ -142,6 +143,7 @@ def brute(q, k, v, layout, method, kv_valid=None):
                 found.kept[b, h, n], found.pooled[b, h, n] = {m for m in keep if live[m]}, entries
                 found.factor[b, h, n] = factor, sum(a[m] for m in added)
                 found.compensated += len(added)
+                found.added[b, h, n] = set(added)
                 found.left_out += count - len(keep)
             for t in beside:
                 found.out[b, h, t] = (scale * (key[everything] @ query[t])).softmax(-1) @ value[everything]
@@ -224,6 +226,7 @@ def test_the_log_of_the_count_is_the_reallocation_of_the_paper(layout):
         # One value channel per token: what is added is A of every compensated block, shared by its tokens.
         for m, block in enumerate(blocks):
             added = found.row_add[b, h, n, block]
+            assert bool(added.any()) == (m in expected.added[b, h, n])
             if added.any():
                 torch.testing.assert_close(added, torch.full_like(added, entries[m] / len(block)), **CLOSE)
 
@@ -255,6 +258,9 @@ def test_every_block_kept_is_dense(layout, backend):
     for method in (replace(METHOD, density=1.0), replace(METHOD, top_p=1.0)):
         torch.testing.assert_close(attend(q, k, v, method, layout=layout, backend=backend), dense, **CLOSE)
     assert make(q, k, v, replace(METHOD, density=1), layout=layout).density == 1
+    plan = make(q, k, v, replace(METHOD, top_p=1.0), layout=layout)
+    torch.testing.assert_close(plan.row_scale, torch.ones_like(plan.row_scale), atol=1e-6, rtol=0)
+    assert not plan.row_add.any()
 
 
 @pytest.mark.parametrize("layout", ["ragged video", "text last", "text first"])
