@@ -260,7 +260,11 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         return "–" if value is None else format(value, form)
 
     def interval(one: dict[str, float] | None, form: str) -> str:
-        return "–" if not one else f"{one['mean']:{form}} ({one['low']:{form}} to {one['high']:{form}})"
+        if not one:
+            return "–"
+        # One video has no spread, which is not a spread of nothing.
+        alone = one["low"] == one["high"]
+        return f"{one['mean']:{form}}" if alone else f"{one['mean']:{form}} ({one['low']:{form}} to {one['high']:{form}})"
 
     gain = entry.get("speedup") or {}
     return [
