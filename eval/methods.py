@@ -263,8 +263,8 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         if not one:
             return "–"
         # One video has no spread, which is not a spread of nothing.
-        alone = one["low"] == one["high"]
-        return f"{one['mean']:{form}}" if alone else f"{one['mean']:{form}} ({one['low']:{form}} to {one['high']:{form}})"
+        spread = "" if one["low"] == one["high"] else f" ({one['low']:{form}} to {one['high']:{form}})"
+        return f"{one['mean']:{form}}{spread}"
 
     gain = entry.get("speedup") or {}
     return [
