@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..errors import UsageError
 from ..kernels import BlockList, Group
-from ..kernels.pooling import pyramid_counts, pyramid_means, pyramid_similarity
+from ..kernels.pooling import Runs, pyramid_means, pyramid_similarity
 from ..layout import Layout
 from ..plans import Blocks, Plan
 from ..schedule import Schedule
@@ -117,9 +117,10 @@ class Pyramid(Method):
         exact = pad(table == 1, (0, beside_k, 0, beside_q), value=True)
         full = BlockList.from_mask(exact, None if on_cpu else keys.blocks.count)
         pooled = [level for level in self._reachable if level > 1]
-        means = (pyramid_means(x, keys.tokens, live, pooled) for x in (k, v))
+        runs = self._runs(keys, live, pooled, call)
+        means = (pyramid_means(x, keys.tokens, live, pooled, runs) for x in (k, v))
         reps = []
-        for level, key, value, count in zip(pooled, *means, pyramid_counts(live, pooled), strict=True):
+        for level, key, value, count in zip(pooled, *means, runs.counts, strict=True):
             seen = BlockList.from_mask(pad(table == level, (0, 0, 0, beside_q)), None if on_cpu else keys.count)
             bounds = (torch.arange(key.shape[2] + 1) * level).clamp_max(keys.main)
             reps.append(Group(key.to(q.dtype), value.to(q.dtype), count, seen, bounds, self.block_k // level))
@@ -184,12 +185,14 @@ class Pyramid(Method):
             score = score.masked_fill(dead[:, None, None], -1)
         ranked, which = score.sort(dim=-1, descending=True, stable=True)
         if self.mode == "topk":
-            ends = quota_ends(keys.count, self.bounds, self._steps)
+            key = "pyramid quotas", keys.count, self.levels, self.bounds, tuple(self._steps), q.device
+            by_rank = call.state.plan(key, lambda: self._quotas(keys.count, q.device))
         else:
             first = self.levels[0] == 1 and self._steps[0] == 1
             least = int(self.min_level1 * keys.count) + 1 if first else 0
             ends = threshold_ends(ranked.clamp_min(0), self.bounds, self._steps, least)
-        by_rank = ranked_levels(keys.count, self.levels, ends, q.device).expand(score.shape)
+            by_rank = ranked_levels(keys.count, self.levels, ends, q.device)
+        by_rank = by_rank.expand(score.shape)
         table = torch.empty_like(by_rank, memory_format=torch.contiguous_format).scatter_(-1, which, by_rank)
         if self.similarity is not None:
             table = torch.minimum(table, self._caps(k, keys, live, q.shape[1]))
@@ -202,6 +205,17 @@ class Pyramid(Method):
         for number, (level, least) in enumerate(zip(self.levels[1:], self.similarity, strict=True)):
             cap = torch.where(alike[..., number] > least, level, cap)
         return cap.repeat_interleave(heads // k.shape[1], 1)[:, :, None]
+
+    def _quotas(self, blocks: int, device: torch.device) -> Tensor:
+        """uint8 (blocks,): the level of the block of each rank."""
+        return ranked_levels(blocks, self.levels, quota_ends(blocks, self.bounds, self._steps), device)
+
+    def _runs(self, keys: _Tokens, live: Tensor, levels: list[int], call: Call) -> Runs:
+        """The runs that ``levels`` average; without padding they follow from the layout."""
+        if call.kv_valid is not None:
+            return Runs.of(keys.tokens, live, levels)
+        key = "pyramid runs", self.block_k, self.curve, tuple(levels), call.kv_layout or call.layout, call.device
+        return call.state.plan(key, lambda: Runs.of(keys.tokens, live, levels))
 
     def _tokens(self, layout: Layout, size: int, call: Call) -> _Tokens:
         key = "pyramid", size, self.curve, layout, call.device

@@ -6,7 +6,9 @@ Blocks are given as a table of places: ``tokens``, int64 (blocks, size), the tok
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,17 +19,43 @@ from .segments import live_segments, segment_sums, serves
 CHUNK = 1 << 22
 
 
-def pyramid_means(x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int]) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """What of a pyramid does not depend on the tensors it averages. ``counts``: as :func:`pyramid_counts`.
+
+    ``tokens`` and ``starts``: the runs of the finest level as ``segments.segment_sums`` takes them, on CPUs alone:
+    elsewhere their number would have to be waited for.
+    """
+
+    counts: list[Tensor]
+    tokens: list[Tensor]
+    starts: list[Tensor]
+
+    @classmethod
+    def of(cls, tokens: Tensor, live: Tensor, levels: Sequence[int]) -> Runs:
+        """The runs of ``levels``, arguments as in :func:`pyramid_means`."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if levels and tokens.device.type == "cpu":
+            starts = torch.arange(0, tokens.numel(), levels[0])
+            found = live_segments(tokens.flatten(), starts, live.flatten(1))
+        return cls(pyramid_counts(live, levels), *found)
+
+
+def pyramid_means(
+    x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int], runs: Runs | None = None
+) -> list[Tensor]:  # fmt: skip
     """Means over the live tokens of every run of h places, for each h in ``levels``, ascending powers of two.
 
     x (B, H, N, D). Returns per level (B, H, blocks x size / h, D) in the dtype of x, 0 where no place is live. Sums are
     float32, for float64 inputs float64. ``size`` is a multiple of every level.
+    ``runs``: those of the other arguments, where they are kept between calls.
     """
     if not levels:
         return []
-    counts = pyramid_counts(live, levels)
+    runs = Runs.of(tokens, live, levels) if runs is None else runs
     if serves(x):
-        return _summed(x, tokens, live, levels, counts)
+        return _summed(x, levels, runs)
+    counts = runs.counts
     means = [x.new_empty((*x.shape[:2], count.shape[-1], x.shape[-1])) for count in counts]
     for heads, places in _parts(x, tokens):
         sums, done = places.masked_fill_(~live.flatten(1)[:, None, :, None], 0), 1
@@ -37,16 +65,14 @@ def pyramid_means(x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int]
     return means
 
 
-def _summed(
-    x: Tensor, tokens: Tensor, live: Tensor, levels: Sequence[int], counts: list[Tensor]
-) -> list[Tensor]:  # fmt: skip
+def _summed(x: Tensor, levels: Sequence[int], runs: Runs) -> list[Tensor]:
     """The finest level as segments of live tokens, the others from it."""
-    starts = torch.arange(0, tokens.numel(), levels[0])
-    sums, done = segment_sums(x, *live_segments(tokens.flatten(), starts, live.flatten(1))), levels[0]
+    sums, done = segment_sums(x, runs.tokens, runs.starts), levels[0]
     means = []
-    for level, count in zip(levels, counts, strict=True):
+    for level, count in zip(levels, runs.counts, strict=True):
         if level > done:
-            sums, done = sums.unflatten(2, (-1, level // done)).sum(3), level
+            # A reduction over so few costs several times what adding them does.
+            sums, done = functools.reduce(torch.add, sums.unflatten(2, (-1, level // done)).unbind(3)), level
         means.append(sums / count[..., None].clamp_min(1))
     return means
 

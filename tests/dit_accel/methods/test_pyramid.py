@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_accel.errors import UsageError
 from dit_accel.functional import attend
 from dit_accel.functional import plan as make
+from dit_accel.kernels.pooling import Runs
 from dit_accel.layout import Layout, Segment
 from dit_accel.methods import Method, Pyramid
 from dit_accel.methods.curves import gilbert
@@ -19,6 +20,7 @@ from dit_accel.methods.pyramid_levels import generator, sample_places
 from dit_accel.methods.pyramid_presets import PRESETS
 from dit_accel.processors import PyramidProcessor
 from dit_accel.schedule import Schedule
+from dit_accel.state import State
 from dit_accel.step import Step
 
 B, H, HK, D, DV = 2, 4, 2, 8, 8
@@ -259,6 +261,38 @@ def test_sampling_is_reproducible_and_leaves_torch_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(masks[0], masks[1])
     assert not any(torch.equal(masks[0], other) for other in masks[2:])
+
+
+def parts_of(made):
+    lists = [made.full, *(group.seen for group in made.reps)]
+    means = [x for group in made.reps for x in (group.key, group.value, group.count)]
+    return [*(x for one in lists for x in (one.count, one.index)), *means]
+
+
+def test_what_is_kept_between_calls_changes_no_bit_of_a_plan():
+    """One state for several layouts and settings, with and without padding, against a new one for each call."""
+    state = State()
+    for step, name, padded in itertools.product(range(2), ("quotas", "whole tiles", "thresholds"), (False, True)):
+        for bounds in (METHODS[name].bounds, (0.1, 0.4, 0.4, 0.9)):
+            for layout in (LAYOUTS["ragged video"], LAYOUTS["text first"], LAYOUTS["text last"]):
+                method, q, k, v = replace(METHODS[name], bounds=bounds), *tensors(layout, seed=step)
+                valid = torch.tensor([layout.tokens, layout.tokens - 9], dtype=torch.int32) if padded else None
+                told = {"layout": layout, "step": Step(index=step), "kv_valid": valid}
+                kept, fresh = (make(q, k, v, method, **told, state=each) for each in (state, State()))
+                assert len(kept.reps) == len(fresh.reps) > 1
+                assert all(map(torch.equal, parts_of(kept), parts_of(fresh)))
+
+
+def test_what_follows_from_the_layout_is_made_once(monkeypatch):
+    layout, method, state, made, of = LAYOUTS["text last"], METHODS["quotas"], State(), [], Runs.of
+    monkeypatch.setattr(Runs, "of", lambda *args: made.append(args) or of(*args))
+    for step in range(3):
+        make(*tensors(layout, seed=step), method, layout=layout, step=Step(index=step), state=state)
+    assert len(made) == 1
+    valid = torch.tensor([layout.tokens, 140], dtype=torch.int32)
+    for _ in range(2):
+        make(*tensors(layout), method, layout=layout, kv_valid=valid, state=state)
+    assert len(made) == 3
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.kernels.pooling import pyramid, pyramid_counts, pyramid_means, pyramid_similarity
+from dit_accel.kernels.pooling import Runs, pyramid, pyramid_counts, pyramid_means, pyramid_similarity
 
 B, H, N, D, SIZE = 2, 3, 30, 5, 8
 LEVELS = [2, 4, 8]
@@ -40,6 +40,31 @@ def test_means_and_counts_are_those_of_live_tokens(dead, levels, chunk, monkeypa
                 assert int(count[b, 0, r]) == len(kept)
                 expected = x[b, :, kept].double().mean(1) if kept else torch.zeros(H, D).double()
                 torch.testing.assert_close(mean[b, :, r].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [[2, 4], [2, 8], LEVELS], ids=str)
+@pytest.mark.parametrize("dead", DEAD)
+def test_a_level_is_the_one_below_added_in_order_to_the_last_bit(dead, levels):
+    x, tokens, live = case(DEAD[dead])
+    held, done = x[:, :, tokens.flatten()] * live.flatten(1)[:, None, :, None], 1
+    for h, mean, count in zip(
+        levels, pyramid_means(x, tokens, live, levels), pyramid_counts(live, levels), strict=True
+    ):
+        total = held[:, :, :: h // done]
+        for i in range(1, h // done):
+            total = total + held[:, :, i :: h // done]
+        assert torch.equal(mean, total / count[..., None].clamp_min(1))
+        held, done = total, h
+
+
+@pytest.mark.parametrize("dead", DEAD)
+def test_runs_that_are_kept_give_the_same_means(dead):
+    x, tokens, live = case(DEAD[dead])
+    runs = Runs.of(tokens, live, LEVELS)
+    for y in (x, x + 1, x.double(), x.bfloat16()):
+        kept = pyramid_means(y, tokens, live, LEVELS, runs)
+        assert all(map(torch.equal, kept, pyramid_means(y, tokens, live, LEVELS)))
+    assert Runs.of(tokens, live, []).counts == pyramid_means(x, tokens, live, []) == []
 
 
 def test_dead_tokens_do_not_reach_the_means():
