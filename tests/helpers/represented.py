@@ -64,9 +64,9 @@ def brute(q, k, v, plan, kind, sizes):
                     for other in range(len(sizes)):
                         what = int(kind[b, h, block, other])
                         if what == 0:
-                            for token in order[starts[other] : starts[other + 1]].tolist():
-                                e = math.exp(scale * float(query @ k[b, hk, token]))
-                                top, bottom = top + e * v[b, hk, token], bottom + e
+                            tokens = order[starts[other] : starts[other + 1]]
+                            e = torch.exp(scale * (k[b, hk, tokens] @ query))
+                            top, bottom = top + e @ v[b, hk, tokens], bottom + float(e.sum())
                         elif what > 0:
                             group = plan.reps[what - 1]
                             for r in range(other * group.width, (other + 1) * group.width):

@@ -1,12 +1,17 @@
 """Random block-sparse cases with their visible pairs written out by definition, not by the code under test."""
 
+import os
 from dataclasses import dataclass
 
+import emulator
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.kernels import Band, BlockList, Box, Disc, Gate, Predicate, TilePlan
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    emulator.speed_up()
 
 KINDS = {"box1": 1, "box2": 2, "box3": 3}
 
@@ -111,6 +116,13 @@ def _predicate(kind, n_q, n_k, integers):
     if always is None:
         return Predicate(**part), test
     return Predicate(**part, always=always), lambda i, j: shown[j] or test(i, j)
+
+
+@pytest.fixture
+def checked():
+    """In the interpreter, integers that pass their width raise."""
+    with emulator.checked():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import covering
 import pytest
 import represented
 import torch
@@ -43,13 +44,14 @@ CASES = {
     "exact": {"n_q": 64, "n_k": 96, "tile": (32, 32), "predicate": "box1"},
     "one-query": {"n_q": 1, "n_k": 33},
 }
+# Each case is run one way by default; those in which blocks and tiles differ most, both ways.
+BOTH = {"box3", "gate-band-always", "order-heads", "alive-order", "tile-odd", "tile-large", "empty-rows"}
 DIMS = [(16, None), (24, None), (40, 24), (64, 72), (72, None), (80, 64), (96, None), (128, None), (250, 256), (7, 5)]
 
 
-@pytest.fixture(params=["wide", "split"])
-def blocks(request, monkeypatch):
+def cut(monkeypatch, blocks):
     """Both ways to cut a tile: one block per tile, and several."""
-    if request.param == "split":
+    if blocks == "split":
         monkeypatch.setattr(tuning, "EMULATED", SMALL)
 
 
@@ -81,9 +83,10 @@ def run(case, **changes):
     return tier.attention(case.q, case.k, case.v, case.plan, **arguments)
 
 
-@pytest.mark.usefixtures("poisoned", "blocks")
-@pytest.mark.parametrize("name", CASES)
-def test_features(make_case, name):
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("name", "blocks"), covering.diagonal(CASES, ["wide", "split"], also=lambda n, _: n in BOTH))
+def test_features(make_case, monkeypatch, name, blocks):
+    cut(monkeypatch, blocks)
     case = make_case(seed=len(name), **CASES[name])
     case.check(*run(case))
 
@@ -153,10 +156,13 @@ def test_shared_keys_of_heads_with_orders_of_their_own_are_not_copied(make_case,
     assert not launches[0].in_order
 
 
-@pytest.mark.usefixtures("poisoned", "blocks")
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_any_number_of_programs_in_any_order_of_rows(make_case, monkeypatch, programs):
-    case = make_case(seed=9, b=2, heads=3, predicate="box1", per_sample=True, alive=[50, 70])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("programs", "blocks"), covering.diagonal([1, 3, 1000], ["wide", "split"]))
+def test_any_number_of_programs_in_any_order_of_rows(make_case, monkeypatch, programs, blocks):
+    cut(monkeypatch, blocks)
+    case = make_case(
+        seed=9, n_q=37, n_k=45, b=2, heads=3, predicate="box1", per_sample=True, alive=[30, 45], tile=(16, 16)
+    )
     expected, lse = run(case)
     plan = replace(case.plan, kept=True, _memo={})
     rows = schedule.row_order(plan, 2, 3, 1)
@@ -177,13 +183,18 @@ def test_head_dims(make_case, dim, dim_v):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["full", "box2-always", "order-heads", "alive-order", "gate-box"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    covering.diagonal(
+        ["full", "box2-always", "order-heads", "alive-order", "gate-box"], [torch.float16, torch.bfloat16]
+    ),
+)
 def test_16_bit(make_case, name, dtype):
     case = make_case(seed=7, dtype=dtype, dim=40, **CASES[name])
     case.check(*run(case))
 
 
+@pytest.mark.usefixtures("checked")
 def test_every_feature_at_once(make_case):
     case = make_case(
         seed=3, b=2, heads=4, kv_heads=2, predicate="box3+always", gate="bh", order="heads", kv_order="heads",
@@ -253,6 +264,7 @@ def test_nan_in_dead_keys_is_not_read(make_case):
     assert torch.equal(run(case)[0], expected)
 
 
+@pytest.mark.usefixtures("checked")
 def test_addresses_beyond_32_bits():
     step, n, dim = 2**26 + 16, 40, 16
     far = torch.empty(n * step, dtype=torch.float16).as_strided((1, 1, n, dim), (0, 0, step, 1))
@@ -307,8 +319,9 @@ def test_attend_reaches_the_kernel(monkeypatch):
     assert [plan.tile_q for plan in launches] == [128, 64]
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
-@pytest.mark.parametrize("name", represented.CASES)
+@pytest.mark.parametrize(
+    ("name", "permuted"), covering.diagonal(represented.CASES, [False, True], also=lambda n, _: n == "everything")
+)
 def test_representatives_and_holes(name, permuted, monkeypatch):
     import dit_accel
 

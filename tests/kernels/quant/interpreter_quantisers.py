@@ -191,6 +191,7 @@ def test_poisoned_memory_and_strides():
     assert torch.equal(room.nan_to_num(9), kept.nan_to_num(9))
 
 
+@pytest.mark.usefixtures("checked")
 def test_offsets_past_two_to_the_31st():
     """The last tokens lie beyond 2^31 elements; what is never touched takes no memory."""
     n, stride = 130, 2**24 + 2**17
