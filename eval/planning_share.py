@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ class Shape:
     steps: int = 30
 
 
-def measure(name: str, shape: Shape, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of the run's planning and attention, the least of ``repeats`` runs of ``METHOD@DENSITY``, and the share.
+def measure(name: str, shape: Shape, repeats: int = 7) -> dict[str, Any]:
+    """Seconds of planning and attention in a run of ``METHOD@DENSITY``, and the share of the one in the other: medians
+    of ``repeats`` runs after one that warms up, the share with its least and most.
 
     Raises ``UsageError`` for a name that is not understood.
     """
@@ -58,9 +60,12 @@ def measure(name: str, shape: Shape, repeats: int = 3) -> dict[str, Any]:
     size = (1, layout.tokens, shape.heads, shape.dim)
     q, k, v = (torch.randn(size, generator=g).transpose(1, 2) for _ in range(3))
     runs = [_run(processor, q, k, v, layout, shape.steps) for _ in range(repeats + 1)][1:]
-    best = min(runs, key=lambda run: run["attention"])
-    found = {"method": name, "density": density, "dense_steps": len(processor.dense_steps(shape.steps))}
-    return {**found, **best, "share": best["planning"] / best["attention"]}
+    shares = [run["planning"] / run["attention"] for run in runs]
+    return {
+        "method": name, "density": density, "dense_steps": len(processor.dense_steps(shape.steps)), "runs": repeats,
+        "planning": median(run["planning"] for run in runs), "attention": median(run["attention"] for run in runs),
+        "share": median(shares), "share_range": [min(shares), max(shares)],
+    }  # fmt: skip
 
 
 def _run(processor: Processor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, steps: int) -> dict[str, float]:
@@ -96,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row := measure(name, shape))
         if not args.json:
             spent = f"planning {row['planning']:6.3f} s of {row['attention']:6.3f} s"
-            print(f"{name:<16} {spent}: {row['share']:.1%}", flush=True)
+            low, high = row["share_range"]
+            print(f"{name:<16} {spent}: {row['share']:.1%} ({low:.1%} to {high:.1%})", flush=True)
     if args.json:
         shown = {"grid": list(shape.grid), "heads": shape.heads, "dim": shape.dim, "steps": shape.steps}
         print(json.dumps({"schema": 1, **shown, "rows": rows, "environment": environment()}, indent=1))
