@@ -135,4 +135,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .command import run as finish
+
+    sys.exit(finish(main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from .speed import EMULATED, amdahl, effective_density, summary
 
 # A process that gets less of its threads' cores than this was waiting for other work.
 STARVED = 0.6
+# Sides whose GPU clocks differ by more than this share did not run on the same machine, so to speak.
+DRIFTED = 0.05
 
 
 def judge(pair: Pair) -> dict[str, Any]:
@@ -21,7 +24,9 @@ def judge(pair: Pair) -> dict[str, Any]:
     ``seconds``: medians by side and phase. ``loop_spread``: median, least and IQR of the loop's seconds by side.
     ``speedup``: dense over accelerated, same phase. ``attention_share``: attention's part of the dense loop. ``bound``:
     what that share and the effective density allow. ``fidelity``: PSNR and SSIM of the raw frames. ``doubts``: reasons
-    to distrust the timings. ``speedup`` is None, with ``refused`` saying why, where only emulation ran.
+    to distrust the timings. ``speedup`` is None, with ``refused`` saying why, where only emulation ran. ``memory``: the
+    peak of each side in bytes, allocated and reserved, and ``clocks``: the GPU's as each run ended, None on a CPU.
+    ``compiled``: whether ``torch.compile`` took part in a side.
     """
     dense, fast = _medians(pair.dense), _medians(pair.fast)
     attention = pair.fast[-1].attention
@@ -48,6 +53,9 @@ def judge(pair: Pair) -> dict[str, Any]:
         "attention_share": share,
         "effective_density": effective,
         "bound": None if share is None or effective is None else amdahl(share, effective),
+        "memory": _sides(pair, _peak),
+        "clocks": _sides(pair, lambda runs: None if runs[0].clocks is None else [run.clocks for run in runs]),
+        "compiled": {"dense": any(r.compiled for r in pair.dense), "accelerated": any(r.compiled for r in pair.fast)},
         "fidelity": fidelity(pair.dense[-1].frames, pair.fast[-1].frames).to_dict(),
     }
     result["doubts"] = _doubts(result, [*pair.dense, *pair.fast])
@@ -79,7 +87,26 @@ def _doubts(verdict: dict[str, Any], results: list[Result]) -> list[str]:
     gain, bound = (verdict["speedup"] or {}).get("loop"), verdict["bound"]
     if gain and bound and gain > bound * 1.03:
         doubts.append(f"the loop gained {gain:.2f}x, more than the bound of {bound:.2f}x: timing noise")
+    if len(set(verdict.get("compiled", {}).values())) > 1:
+        doubts.append("one side ran under torch.compile and the other did not")
+    speeds = [[c["sm_mhz"] for c in runs if c["sm_mhz"]] for runs in (verdict.get("clocks") or {}).values()]
+    if speeds and all(speeds):
+        dense, fast = (summary(side)["median"] for side in speeds)
+        if abs(dense - fast) > DRIFTED * dense:
+            doubts.append(f"the GPU's clock changed: {dense:.0f} MHz dense, {fast:.0f} MHz accelerated")
     return doubts
+
+
+def _sides(pair: Pair, of: Callable[[list[Result]], Any]) -> dict[str, Any] | None:
+    """``of`` the runs of each side; None where it says so of the dense one."""
+    found = {"dense": of(pair.dense), "accelerated": of(pair.fast)}
+    return None if found["dense"] is None else found
+
+
+def _peak(runs: list[Result]) -> dict[str, int] | None:
+    """The most of any run; the allocator may keep what an earlier run reserved, so both sides are told."""
+    known = [run.peak_memory for run in runs if run.peak_memory]
+    return {kind: max(peak[kind] for peak in known) for kind in known[0]} if known else None
 
 
 def _medians(results: list[Result]) -> dict[str, float]:

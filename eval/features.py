@@ -71,4 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from .command import run as finish
+
+    sys.exit(finish(main))

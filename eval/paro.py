@@ -304,4 +304,6 @@ def _prompts(file: str | None, calibration: int, test: int) -> tuple[tuple[Promp
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .command import run as finish
+
+    sys.exit(finish(main))

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -35,6 +36,27 @@ def summary(seconds: Sequence[float]) -> dict[str, float | int]:
         low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
         spread = high - low
     return {"median": statistics.median(ordered), "min": ordered[0], "iqr": spread, "runs": len(ordered)}
+
+
+def conditions(compare: Mapping[str, Any]) -> list[str]:
+    """Memory, GPU clocks and compilation of a comparison's sides, in words; nothing of what a record does not hold."""
+    told = []
+    for side, peak in (compare.get("memory") or {}).items():
+        allocated, reserved = (f"{peak[kind] / 2**30:.2f} GiB" for kind in ("allocated", "reserved"))
+        told.append(f"peak memory {side}: {allocated} allocated, {reserved} reserved")
+    for side, runs in (compare.get("clocks") or {}).items():
+        values = [
+            f"{name} {', '.join('-' if run[key] is None else str(run[key]) for run in runs)}{unit}"
+            for key, name, unit in (("sm_mhz", "SM clock", " MHz"), ("power_state", "power state P", ""))
+            if any(run[key] is not None for run in runs)
+        ]
+        told.append(
+            f"GPU as each {side} run ended: {'; '.join(values) or 'clocks not told (pip install nvidia-ml-py)'}"
+        )
+    if "compiled" in compare:
+        on = [side for side, compiled in compare["compiled"].items() if compiled]
+        told.append(f"torch.compile: {'both sides' if len(on) == 2 else on[0] + ' side only' if on else 'off'}")
+    return told
 
 
 def alternate(

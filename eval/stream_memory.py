@@ -88,4 +88,6 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .command import run as finish
+
+    sys.exit(finish(main))

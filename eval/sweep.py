@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     out, stored, budgets = (args.pop(name) for name in ("out", "replay", "budget"))
     if stored:
+        if not stored.is_file():
+            raise UsageError(f"--replay: there is no file {stored}; give the JSON that -o of a sweep wrote")
         for budget in budgets:
             print(told(replay(Stored.of(read(stored)), Budget.parse(budget))))
         return 0
@@ -172,4 +174,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .command import run as finish
+
+    sys.exit(finish(main))

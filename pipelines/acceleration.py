@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -72,6 +73,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         raise UsageError(f"--density is the kept fraction and lies in (0, 1]; got {accel.density}")
     name, why = (accel.method, None) if accel.method else _default(accel, info, layout, frames)
     _check_steps(accel, steps)
+    _check_layers(accel, info)
     dense = name.lower() == DENSE
     notes = []
     if dense:
@@ -157,6 +159,19 @@ def _check_steps(accel: Acceleration, steps: int) -> None:
         raise UsageError(f"--dense-steps {first} is more than the {steps} steps of the run; give 0 to {steps}")
 
 
+def _check_layers(accel: Acceleration, info: ModelInfo) -> None:
+    """Layers that the model cannot have. Its configuration tells how many there are at most, if anything."""
+    given = accel.dense_layers
+    known = [n for key, n in info.transformer.items() if re.fullmatch(r"num_(\w+_)?layers", key) and isinstance(n, int)]
+    wanted = given if isinstance(given, int) else max(given or [-1]) + 1
+    if given is not None and known and wanted > sum(known):
+        told = given if isinstance(given, int) else ",".join(map(str, sorted(given)))
+        raise UsageError(
+            f"--dense-layers {told} goes beyond the {sum(known)} layers of {info.name}; give a count of 0 to "
+            f"{sum(known)}, or indices of 0 to {sum(known) - 1}"
+        )
+
+
 def _schedule(accel: Acceleration, method: Method | None) -> Schedule:
     given = {"first": accel.dense_steps, "layers": accel.dense_layers}
     given = {key: value for key, value in given.items() if value is not None}
@@ -175,8 +190,10 @@ def _method(name: str, accel: Acceleration, defaults: dict[str, Any]) -> Method:
     tuned = defaults.get("methods", {}).get(cls.name, {})
     try:
         return cls(**{**tuned, **accel.parameters})
-    except TypeError as error:
-        raise UsageError(f"method {cls.name!r} cannot be made from {accel.parameters}: {error}") from None
+    except TypeError:
+        kinds = {f.name: f"{f.name} is {f.type}, by default {f.default!r}" for f in fields(cls)}
+        told = "; ".join(f"{kinds[name]}, got {value!r}" for name, value in accel.parameters.items())
+        raise UsageError(f"a value of another kind for method {cls.name!r}: {told}; see `dit-accel methods`") from None
 
 
 def _with_density(

@@ -12,6 +12,7 @@ import torch
 from ..errors import DitAccelError
 from ..processors import Processor
 from .attention import attach, counted
+from .device_state import clocks, compiled, peak_memory, reset_memory
 from .job import Shot
 from .phases import Clock, timed
 
@@ -20,14 +21,17 @@ from .phases import Clock, timed
 class Result:
     """``frames``: float32 (T, H, W, 3) in [0, 1], before any codec. ``seconds`` by phase. ``attention``: as counted.
 
-    ``peak_memory``: bytes on the GPU. ``cores``: CPU cores that this process had on average, for CPU runs.
+    ``peak_memory``: bytes on the GPU, allocated and reserved. ``clocks``: of the GPU as the run ended. ``compiled``:
+    whether ``torch.compile`` took part. ``cores``: CPU cores that this process had on average, for CPU runs.
     """
 
     frames: np.ndarray
     seconds: dict[str, float]
     attention: dict[str, Any] = field(default_factory=dict)
-    peak_memory: int | None = None
+    peak_memory: dict[str, int] | None = None
     cores: float | None = None
+    clocks: dict[str, int | None] | None = None
+    compiled: bool = False
 
 
 def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int | None = None) -> Result:
@@ -44,15 +48,15 @@ def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int |
         call["image"] = _load_image(call["image"], shot)
     attach(pipe, processor)
     clock = Clock(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_memory(device)
     start, busy = time.perf_counter(), time.process_time()
     with timed(pipe, clock):
         output = pipe(**call, generator=torch.Generator("cpu").manual_seed(shot.seed))
     total = clock.now() - start
+    state = clocks(device)
     seconds = {"total": total, **clock.seconds}
     cores = (time.process_time() - busy) / total if device.type == "cpu" else None
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = peak_memory(device)
     frames = _frames(output)
     if steps is None:
         _check_finite(frames, processor)
@@ -61,7 +65,7 @@ def generate(pipe: Any, shot: Shot, processor: Processor | None, *, steps: int |
         value = attention.pop(key, None)
         if value is not None:
             seconds[name] = value
-    return Result(frames, seconds, attention, peak, cores)
+    return Result(frames, seconds, attention, peak, cores, state, compiled(pipe))
 
 
 def _frames(output: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from ..errors import DitAccelError, UsageError
 from . import sidecar
 from .acceleration import check_backend
 from .compare import Pair, compare
+from .device_state import describe as describe_device
 from .generate import Result, generate
 from .job import Job, Shot, digest, resolve
 from .load import load, pick_device, pick_dtype
@@ -156,8 +157,11 @@ def _one(pipe: Any, plan: Plan, outcome: Outcome, judge: Judge | None, tell: Lis
         record["notes"] += _compiling(plan, result)
     record["attention"], record["seconds"] = result.attention, dict(result.seconds)
     if result.peak_memory is not None:
-        record["peak_memory_bytes"] = result.peak_memory
-    record["device"] = {"type": plan.device.type, "name": device_name(plan.device)}
+        record["peak_memory_bytes"] = result.peak_memory["allocated"]
+        record["peak_reserved_bytes"] = result.peak_memory["reserved"]
+    record["device"] = describe_device(plan.device) | {"compiled": result.compiled}
+    if result.clocks is not None:
+        record["device"]["clocks"] = result.clocks
     record["versions"] = sidecar.versions()
     _write(job, outcome, result, pair, record)
     return record
@@ -226,16 +230,3 @@ def _refuse_overwriting(plan: Plan) -> None:
             f"{', '.join(taken[:3])}{more} already in {plan.job.out}; use --resume to keep finished videos "
             "and render the rest, --overwrite to render again, or another -o"
         )
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()

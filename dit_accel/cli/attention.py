@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 
@@ -64,6 +65,10 @@ def _guard(args: argparse.Namespace) -> Any:
         raise UsageError(f"--guard knows {', '.join(KINDS)} and off; got {', '.join(map(repr, unknown))}")
     checks = {kind: kind in named for kind in KINDS}
     checks["drift"] |= args.drift_budget is not None
+    if args.drift_budget is not None and not 0 < args.drift_budget < math.inf:
+        raise UsageError(f"--drift-budget is a relative error above 0, for example 0.1; got {args.drift_budget:g}")
+    if args.guard_rate is not None and not 0 < args.guard_rate <= 1:
+        raise UsageError(f"--guard-rate is a share of the calls in (0, 1], for example 0.1; got {args.guard_rate:g}")
     rate = {} if args.guard_rate is None else {"rate": args.guard_rate}
     return Guard(**checks, **rate, budget=args.drift_budget)
 

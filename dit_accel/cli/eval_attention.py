@@ -21,7 +21,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--method", nargs="+", metavar="SPEC", default=["radial"], help="methods to measure (default: radial)")
+    add("--method", nargs="+", action="extend", metavar="SPEC", help="methods to measure (default: radial)")
     add("--density", type=float, metavar="D", help="kept fraction in (0, 1]; each method solves its own parameters")
     add("--quant", metavar="NAME", help="quantised products under every method; the method dense is then allowed")
     add("--prompts", metavar="NAME|FILE", help="mini-12, shapes-120 or a text file (default: the model's own two)")
@@ -102,6 +102,7 @@ def _processors(args: argparse.Namespace, info: Any, layout: Any) -> dict[str, A
     from ..processors import Processor
     from ..schedule import Schedule
 
+    args.method = args.method or ["radial"]
     if len(set(args.method)) < len(args.method):
         raise UsageError(f"the same method twice: {', '.join(args.method)}")
     if "dense" in args.method and args.quant is None:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         verdicts.append(verdict)
         fast = pair.fast[-1]
         rows.append({"prompt": shot.prompt, "seed": shot.seed, "compare": verdict, "attention": fast.attention,
-                     "peak_memory_bytes": fast.peak_memory})  # fmt: skip
+                     "peak_memory_bytes": fast.peak_memory and fast.peak_memory["allocated"]})  # fmt: skip
         console.say(f"{shot.prompt} (seed {shot.seed}): {attention_line(shot)}")
         for line in [*attention_report(fast.attention), *compare_report(verdict)]:
             console.say(f"  {line}")

@@ -24,7 +24,7 @@ SHORTHAND = ("block_size", "window", "stride", "dilation", "decay", "radius")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--method", nargs="+", metavar="SPEC", default=["radial"], help="methods, drawn side by side (default: radial)")
+    add("--method", nargs="+", action="extend", metavar="SPEC", help="methods, drawn side by side (default: radial)")
     add("-o", "--out", metavar="FILE", default=None, help="picture to write: png, svg or pdf (default: mask.png)")
     add("--json", action="store_true", help="the numbers as JSON to stdout; draws only with -o")
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(json=args.json)
     settings = [*args.set, *(f"{name}={getattr(args, name)}" for name in SHORTHAND if getattr(args, name) is not None)]
-    methods = build(args.method, settings)
+    methods = build(args.method or ["radial"], settings)
     layout = layout_for(args.model_family, _numbers("--grid", args.grid, "x"), args.text)
     query = _numbers("--query", args.query, ",")
     panels = [panel(m, layout, query=query, density=args.density, head=args.head, seed=args.seed) for m in methods]

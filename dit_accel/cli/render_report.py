@@ -105,6 +105,8 @@ def compare_report(compare: dict[str, Any] | None) -> list[str]:
     """The comparison as a small table, the bound beside the measurement."""
     if not compare:
         return []
+    from ..eval.speed import conditions
+
     dense, fast, speedup = compare["seconds"]["dense"], compare["seconds"]["accelerated"], compare["speedup"] or {}
     rows = [("", "dense", "accelerated", "speed-up")]
     for title, phase, name in _ROWS:
@@ -124,6 +126,7 @@ def compare_report(compare: dict[str, Any] | None) -> list[str]:
     lines += [f"doubtful: {doubt}; measure again on a quiet machine, with --repeats 3" for doubt in compare["doubts"]]
     warm = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in compare["warmup_seconds"].items())
     lines.append(f"warm-up, compilation included, not in these times: {warm}; run order {', '.join(compare['order'])}")
+    lines += conditions(compare)
     same = compare["fidelity"]
     ssim = "-" if same["ssim"] is None else f"{same['ssim']:.4f}"
     lines.append(f"PSNR {same['psnr']:.2f} dB, SSIM {ssim}, accelerated against dense, frames before the codec")

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import UsageError
     from .console import Console, emit
 
-    if args.max_mb < 0:
-        raise UsageError(f"--max-mb must not be negative; got {args.max_mb}")
+    if not 0 <= args.max_mb < 2**20:
+        raise UsageError(f"--max-mb is a size in MiB, 0 to link every video beside the page; got {args.max_mb}")
     from ..eval.report import report
 
     console = Console(json=args.json)

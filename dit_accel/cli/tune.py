@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=42, metavar="N", help="seed of the initial noise (default: 42)")
 
     add = parser.add_argument_group("search").add_argument
-    add("--methods", nargs="+", metavar="NAME", help="methods to try (default: all that sparsify video)")
+    add(
+        "--methods",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="methods to try (default: all that sparsify video)",
+    )
     add("--calibration", type=int, default=3, metavar="N", help="prompts to search on (default: 3)")
     add("--held-back", type=int, default=2, metavar="N", help="other prompts, to confirm on (default: 2)")
     add("--short-steps", type=int, metavar="N", help="steps of the runs that search (default: an eighth, at least 4)")

@@ -133,7 +133,7 @@ def find(name: str) -> type[Method]:
         return REGISTRY[key]
     close = difflib.get_close_matches(key, REGISTRY, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"unknown method {name!r}{hint} Known methods: {', '.join(sorted(REGISTRY))}")
+    raise UsageError(f"unknown method {name!r}{hint}; known methods: {', '.join(sorted(REGISTRY))}")
 
 
 def check_density(density: float) -> float:

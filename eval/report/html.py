@@ -44,10 +44,14 @@ def join(children: Iterable[Any]) -> Markup:
 
 
 def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], **attributes: Any) -> Markup:
-    """A table; cells that are numbers, or end in a unit, are flushed right."""
+    """A table; cells that are numbers, or start with one, are flushed right, and the head of a column of such cells."""
+    rows = [list(row) for row in rows]
     body = [tag("tr", [tag("td", cell, class_="number" if _is_number(cell) else None) for cell in row]) for row in rows]
-    first = tag("thead", tag("tr", [tag("th", cell) for cell in head]))
-    return tag("div", tag("table", first, tag("tbody", body), **attributes), class_="wide")
+    right = [bool(rows) and all(_is_number(cell) for cell in column) for column in zip(*rows, strict=False)]
+    head = list(head)
+    right += [False] * len(head)
+    first = [tag("th", cell, class_="number" if flush else None) for cell, flush in zip(head, right, strict=False)]
+    return tag("div", tag("table", tag("thead", tag("tr", first)), tag("tbody", body), **attributes), class_="wide")
 
 
 def _is_number(cell: Any) -> bool:

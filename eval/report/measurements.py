@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..speed import conditions
 from . import charts
 from .html import Markup, join, table, tag
 from .sources import SHAPES, Gathered, Source
@@ -121,7 +122,9 @@ def _speed(source: Source) -> Markup:
         tier = row["attention"].get("tier", "-")
         rows.append([row["prompt"], row["seed"], tier, *cells, bound, runs, doubts])
     head = ("prompt", "seed", "tier", "loop", "attention", "end to end", "bound", "loop runs, s", "doubts")
-    return table(head, rows)
+    told = [tag("p", f"{row['prompt']}: {text}", class_="faint") for row in source.data["rows"]
+            for text in conditions(row["compare"])]  # fmt: skip
+    return join([table(head, rows), told])
 
 
 def _vbench(source: Source) -> Markup:

@@ -62,8 +62,11 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
         else:
             found.sources.append(Source(path, kind, data))
     if not found.sources:
-        told = ", ".join(map(str, paths))
-        raise UsageError(f"no record of a render or measurement in {told}; render --compare and eval -o write them")
+        told = ", ".join(map(str, paths[:4])) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+        seen = "".join(f"; {path} is {why}" for path, why in found.skipped[:3])
+        raise UsageError(
+            f"no record of a render or measurement in {told}{seen}; render --compare and eval -o write them"
+        )
     return found
 
 

@@ -1,32 +1,42 @@
 """The look of a report, and the script that keeps its players in step. Neither asks the network for anything."""
 
 CSS = """
-:root { color-scheme: light; --ink: #1d2733; --faint: #66717d; --rule: #dfe3e7; --warn: #9a3412; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2733; --faint: #5c6773; --rule: #dfe3e7; --warn: #9a3412;
+        --box: #f6f7f8; --none: #d5d9dd; --c0: #1f5f8b; --c1: #d7263d; --c2: #2e8b57; --c3: #c77c11; --c4: #7b4fa3;
+        --c5: #66717d; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14191f; --ink: #e3e8ed; --faint: #a3afba; --rule: #303a45; --warn: #f4a27a; --box: #1d242c;
+          --none: #4a545f; --c0: #6db3e8; --c1: #ff7a85; --c2: #5cc48a; --c3: #f2b64c; --c4: #bb9be0; --c5: #a3afba; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 24px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1180px; padding: 24px; color: var(--ink); background: var(--paper);
        font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 38px 0 10px; }
-h3 { font-size: 16px; margin: 26px 0 8px; overflow-wrap: anywhere; }
-p { margin: 6px 0; } .faint { color: var(--faint); } .warn { color: var(--warn); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
-.row { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start; }
-figure { margin: 10px 0; max-width: 100%; overflow-x: auto; }
+h3 { font-size: 16px; margin: 26px 0 8px; overflow-wrap: anywhere; } h4 { font-size: 15px; margin: 18px 0 2px; }
+p { margin: 6px 0; overflow-wrap: anywhere; } .faint { color: var(--faint); } .warn { color: var(--warn); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th { font-weight: 600; white-space: nowrap; } td:first-child { min-width: 9em; }
+.number { text-align: right; } td.number { white-space: nowrap; }
+.row { display: flex; flex-wrap: wrap; gap: 6px 24px; align-items: flex-start; }
+figure { margin: 8px 0; max-width: 100%; }
 figcaption { font-size: 13px; color: var(--faint); margin-bottom: 4px; }
-.legend { font-size: 12px; color: var(--faint); } .legend span { margin-right: 14px; }
+svg { display: block; max-width: 100%; height: auto; }
+.legend { font-size: 12px; color: var(--faint); } .legend span { margin-right: 14px; white-space: nowrap; }
 .legend i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; }
-.player canvas, .player img, .player video { display: block; background: #111; image-rendering: pixelated; }
-.player canvas { width: 100%; } .player:not(.drawn) .row, .player:not(.drawn) .controls { display: none; }
+.player canvas, .player img, .player video { display: block; background: #111; image-rendering: pixelated;
+                                             max-width: 100%; }
+.player canvas { width: 100%; } .player:not(.drawn) .panels, .player:not(.drawn) .controls { display: none; }
 .drawn .media { position: absolute; width: 1px; height: 1px; overflow: hidden; opacity: 0; }
-.panel { flex: 1 1 220px; max-width: 420px; }
-.panel span { font-size: 13px; color: var(--faint); }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px 18px; }
+.panel { max-width: 420px; } .panel span { display: block; font-size: 13px; color: var(--faint); margin: 2px 0 10px; }
 .controls { display: flex; gap: 10px; align-items: center; margin: 10px 0; max-width: 860px; }
-.controls input { flex: 1; } .controls button { font: inherit; padding: 3px 12px; }
+.controls input { flex: 1; min-width: 60px; } .controls button { font: inherit; padding: 3px 12px; min-width: 5em; }
 .controls output { min-width: 9em; font-size: 13px; color: var(--faint); font-variant-numeric: tabular-nums; }
 .apart { border: 1px solid var(--warn); padding: 2px 16px 10px; margin: 14px 0; }
-pre { overflow-x: auto; background: #f6f7f8; padding: 10px 12px; font-size: 12.5px; white-space: pre-wrap;
-      overflow-wrap: anywhere; } details { margin: 6px 0; } summary { cursor: pointer; }
+pre { overflow-x: auto; background: var(--box); padding: 10px 12px; font-size: 12.5px; white-space: pre-wrap;
+      overflow-wrap: anywhere; } details { margin: 6px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+@media (max-width: 600px) { body { padding: 16px; } .panels { gap: 10px; } }
 """
 
 # One clock for all media of a player: the first video leads, the others are corrected when they run away. Panels are
@@ -66,7 +76,7 @@ for (const player of document.querySelectorAll(".player")) {
   };
   const follow = () => {
     for (const video of videos.slice(1))
-      if (Math.abs(video.currentTime - lead.currentTime) > 0.06) video.currentTime = lead.currentTime;
+      if (!video.seeking && Math.abs(video.currentTime - lead.currentTime) > 0.06) video.currentTime = lead.currentTime;
   };
   const loop = () => {
     follow();

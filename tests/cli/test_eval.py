@@ -129,6 +129,8 @@ def test_vbench_doctor_missing_and_flicker(capsys, tmp_path, monkeypatch):
     (["vbench", "missing", "."], "--info names"),
     (["attention", "--method", "radail"], "did you mean 'radial'"),
     (["attention", "--method", "radial", "radial"], "the same method twice"),
+    (["attention", "--method", "radial", "--method", "radail"], "did you mean 'radial'"),
+    (["attention", "--method", "radail", "--method", "radial"], "did you mean 'radial'"),
     (["attention", "--method", "dense"], "dense attention has no error to measure"),
     (["attention", "--limit", "0"], "--limit must be at least 1"),
     (["fidelity", "absent", "absent"], "there is no folder absent"),

@@ -84,3 +84,11 @@ def test_the_command_line():
         assert chosen(parse(["plan", *words])).guard == guard
     with pytest.raises(UsageError, match="--guard knows nonfinite, fault, drift and off; got 'dirft'"):
         chosen(parse(["plan", "--guard", "dirft"]))
+    for flag, value in (
+        ("--guard-rate", "2"),
+        ("--guard-rate", "0"),
+        ("--drift-budget", "-1"),
+        ("--drift-budget", "nan"),
+    ):
+        with pytest.raises(UsageError, match=f"{flag} is a .*for example 0.1; got {value}"):
+            chosen(parse(["plan", flag, value]))

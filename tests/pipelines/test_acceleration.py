@@ -15,9 +15,12 @@ from dit_accel.schedule import Schedule
 VIDEO = Layout(grid=(21, 30, 52))
 
 
-def decide(layout=VIDEO, frames=81, steps=50, model="WanTransformer3DModel", is_video=True, defaults=None, **accel):
+def decide(
+    layout=VIDEO, frames=81, steps=50, model="WanTransformer3DModel", is_video=True, defaults=None, layers=30, **accel
+):
     family = next((f for f in known_families() if model in f.models), None)
-    info = SimpleNamespace(is_video=is_video, defaults=defaults or {}, family=family, transformer_class=model)
+    info = SimpleNamespace(is_video=is_video, defaults=defaults or {}, family=family, transformer_class=model,
+                           transformer={"num_layers": layers, "num_attention_heads": 12}, name="here")  # fmt: skip
     return choose(Acceleration(**accel), info, layout=layout, frames=frames, steps=steps)
 
 
@@ -137,6 +140,19 @@ def test_dense_steps_and_layers():
     assert schedule.layers == {0, 5}
     with pytest.raises(UsageError, match="--dense-steps 51 is more than the 50 steps"):
         decide(dense_steps=51)
+
+
+@pytest.mark.parametrize("given", [31, frozenset({2, 30})])
+def test_layers_that_the_model_does_not_have(given):
+    with pytest.raises(UsageError, match=r"beyond the 30 layers of here; .* indices of 0 to 29"):
+        decide(dense_layers=given)
+    assert decide(dense_layers=30).processor.schedule.layers == 30
+    assert decide(dense_layers=given, layers=None).processor.schedule.layers == given
+
+
+def test_a_parameter_of_another_kind():
+    with pytest.raises(UsageError, match=r"decay is float, by default 0\.2, got 'abc'"):
+        decide(method="radial", parameters={"decay": "abc"})
 
 
 def test_a_schedule_that_leaves_nothing_sparse_is_told():

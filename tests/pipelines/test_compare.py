@@ -1,11 +1,16 @@
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dit_accel.cli.render_report import compare_report
 from dit_accel.errors import UsageError
 from dit_accel.eval.compare import judge, summarise
 from dit_accel.eval.fidelity import psnr
+from dit_accel.eval.speed import conditions
 from dit_accel.pipelines.acceleration import Acceleration
-from dit_accel.pipelines.compare import compare
+from dit_accel.pipelines.compare import Pair, compare
 from dit_accel.pipelines.generate import Result
 from dit_accel.pipelines.job import Job, resolve
 from dit_accel.pipelines.load import load
@@ -47,6 +52,51 @@ def test_only_one_side_is_sparse(pair):
     assert {r.attention["sparse_calls"] for r in result.dense} == {0}
     assert {r.attention["dense_calls"]["baseline"] for r in result.dense} == {18}
     assert {r.attention["sparse_calls"] for r in result.fast} == {12}
+
+
+STATE = ("memory", "clocks", "compiled", "doubts")
+
+
+def on_a_gpu(pair, fast_clock, fast_compiled=False):
+    """The same pair as if a GPU had run it."""
+    made = Pair(pair.shot, order=pair.order, warmup=pair.warmup)
+    for runs, kept, mhz, compiled in (
+        (pair.dense, made.dense, 1700, False), (pair.fast, made.fast, fast_clock, fast_compiled),
+    ):  # fmt: skip
+        for number, run in enumerate(runs):
+            peak = {"allocated": (number + 1) * 2**30, "reserved": 4 * 2**30}
+            clocks = {"sm_mhz": mhz, "power_state": 0, "temperature_c": None, "power_mw": None}
+            kept.append(replace(run, peak_memory=peak, clocks=clocks, compiled=compiled, cores=None))
+    return made
+
+
+def test_the_state_of_the_gpu_is_told_for_both_sides(pair):
+    verdict = judge(on_a_gpu(pair[0], 1690))
+    peak = {"allocated": 3 * 2**30, "reserved": 4 * 2**30}
+    assert verdict["memory"] == {"dense": peak, "accelerated": peak}
+    assert [c["sm_mhz"] for c in verdict["clocks"]["accelerated"]] == [1690] * 3
+    assert verdict["compiled"] == {"dense": False, "accelerated": False}
+    assert not any("clock" in doubt or "compile" in doubt for doubt in verdict["doubts"])
+    told = compare_report(verdict)
+    assert "peak memory dense: 3.00 GiB allocated, 4.00 GiB reserved" in told
+    assert "GPU as each accelerated run ended: SM clock 1690, 1690, 1690 MHz; power state P 0, 0, 0" in told
+    assert "torch.compile: off" in told
+    assert {key: json.loads(json.dumps(verdict[key])) for key in STATE} == {key: verdict[key] for key in STATE}
+
+
+def test_sides_that_ran_under_other_conditions_are_doubted(pair):
+    doubts = "; ".join(judge(on_a_gpu(pair[0], 1200, fast_compiled=True))["doubts"])
+    assert "the GPU's clock changed: 1700 MHz dense, 1200 MHz accelerated" in doubts
+    assert "one side ran under torch.compile and the other did not" in doubts
+
+
+def test_a_cpu_has_no_state_of_a_gpu_and_unknown_clocks_are_said_to_be(pair):
+    verdict = judge(pair[0])
+    assert verdict["memory"] is verdict["clocks"] is None
+    assert conditions(verdict) == ["torch.compile: off"]
+    unknown = {side: [dict.fromkeys(("sm_mhz", "power_state"))] for side in ("dense", "accelerated")}
+    assert "pip install nvidia-ml-py" in conditions({"clocks": unknown})[0]
+    assert conditions({}) == []
 
 
 def test_frames_start_from_the_same_noise(tiny_wan, tmp_path):

@@ -74,7 +74,7 @@ def test_players_play_in_step_and_draw(page):
         return [c.getAttribute('aria-label'), c.width, new Set(pixels).size];
     })""")
     assert [one[0] for one in drawn] == [
-        "dense", "radial", "random-blocks", "|radial - dense| x 4", "|random-blocks - dense| x 4",
+        "dense", "radial", "|radial - dense| x 4", "random-blocks", "|random-blocks - dense| x 4",
     ]  # fmt: skip
     assert all(width == 32 for _, width, _ in drawn)
     assert all(values > 4 for _, _, values in drawn)

@@ -1,5 +1,6 @@
 """Charts: inside their frame, one mark per value, nothing drawn for what is missing."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -50,9 +51,9 @@ def test_heat_maps_are_darker_where_larger_and_grey_where_missing():
     figure = charts.heat([[0.0, 0.5], [1.0, None]], title="t", x="step", y=["a", "b"])
     cells = {cell.find("title").text: cell.get("fill") for cell in parsed(figure).findall("rect")}
     assert set(cells) == {"a, step 0: 0", "a, step 1: 0.5", "b, step 0: 1", "b, step 1: not measured"}
-    light = {name: int(fill[1:3], 16) for name, fill in cells.items()}
+    light = {name: int(fill[1:3], 16) for name, fill in cells.items() if fill.startswith("#")}
     assert light["a, step 0: 0"] > light["a, step 1: 0.5"] > light["b, step 0: 1"]
-    assert cells["b, step 1: not measured"] == "#e6e8ea"
+    assert cells["b, step 1: not measured"] == charts.NONE
     parsed(charts.heat([[None, None]], title="t", x="step", y=["a"]))
     parsed(charts.heat([[0.9] * 200, [0.9] * 150], title="t", x="step", y=["a", "b"], scale=(None, None)))
 
@@ -66,10 +67,35 @@ def test_bars_are_as_long_as_their_seconds():
     parsed(charts.bars({"dense": {}}, title="t"))
 
 
-def test_the_scatter_fills_what_nothing_beats():
-    points = [("a", 1.0, 40.0), ("b", 2.0, 30.0), ("c", 1.5, 29.0)]
+def test_the_scatter_fills_the_series_that_nothing_beats():
+    points = [("a", "p", 1.0, 40.0), ("b", "p", 2.0, 30.0), ("c", "p", 1.5, 29.0)]
+    drawing = parsed(charts.scatter(points, title="t", x="speed", y="PSNR"))
+    assert [mark.get("fill") == charts.PAPER for mark in drawing.findall("circle")] == [False, False, True]
+    assert {"a", "b", "c"} <= {text.text for text in drawing.findall("text")}
+
+
+def test_the_scatter_draws_every_point_small_and_the_series_where_it_lies():
+    points = [("a", "first", 1.0, 30.0), ("a", "second", 3.0, 40.0), ("a", "third", 1.5, 35.0), ("b", "first", 0.9, 36)]
     drawn = parsed(charts.scatter(points, title="t", x="speed", y="PSNR")).findall("circle")
-    assert [mark.get("fill") == "white" for mark in drawn] == [False, False, True]
+    told = [mark.find("title").text for mark in drawn]
+    assert told[:3] == [f"{n}: speed {x:.3f}, PSNR {y:.2f}" for _, n, x, y in points[:3]]
+    assert told[3:] == ["a: speed 1.500, PSNR 35.00, of 3", "b: speed 0.900, PSNR 36.00, of 1"]
+
+
+def test_rows_of_a_tall_heat_map_are_labelled_apart():
+    drawing = parsed(charts.heat([[0.5] * 50] * 60, title="t", x="step", y=[f"layer {i}" for i in range(60)]))
+    heights = [float(text.get("y")) for text in drawing.findall("text") if text.text.startswith("layer")]
+    assert 20 <= len(heights) < 60
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
+
+
+def test_phases_stand_in_one_order_and_empty_ones_nowhere():
+    figure = charts.bars({"dense": {"plan": 0.0, "loop": 1.0, "x": 0.0}, "fast": {"plan": 0.2, "loop": 1.0}}, title="t")
+    legend = [span.find("i").tail for span in ElementTree.fromstring(figure).iter("span")]
+    assert legend == ["plan", "loop"]
+    assert [b.find("title").text for b in parsed(figure).findall("rect")] == [
+        "dense, loop: 1.000 s", "fast, plan: 0.200 s", "fast, loop: 1.000 s",
+    ]  # fmt: skip
 
 
 def test_text_and_attributes_are_escaped():
@@ -78,5 +104,6 @@ def test_text_and_attributes_are_escaped():
     assert tag("meta", name="x") == '<meta name="x">'
     assert join([1, " ", 2.5]) == "1 2.5"
     made = table(["<h>"], [["1.5x", "-", "word", "-0.2"]])
-    assert made.count('class="number"') == 3
+    assert made.count('<td class="number"') == 3
+    assert table(["word", "size"], [["a", "1.5x"], ["b", "-"]]).count('<th class="number"') == 1
     assert "&lt;h&gt;" in made

@@ -109,8 +109,10 @@ def test_numbers_are_those_of_the_record(runs, written):
 def test_curves_and_maps_hold_every_value(runs, written):
     _, data = record(runs)
     page = written[2]
-    lines = [e for e in page.all("polyline") if e["text"].startswith("PSNR")]
-    assert [len(e["points"].split()) for e in lines] == [len(data["compare"]["fidelity"]["psnr_frames"])]
+    same = data["compare"]["fidelity"]
+    assert [len(e["points"].split()) for e in page.all("polyline") if e["text"].startswith("random-blocks")] == [
+        len(same["psnr_frames"]), len(same["ssim_frames"]),
+    ]  # fmt: skip
     heat = json.loads((runs / "attention.json").read_text())["methods"]["random-blocks:block_size=4"]["heat"]["rel_l1"]
     titles = [e["text"] for e in page.all("rect")]
     for layer, row in enumerate(heat):
@@ -147,10 +149,10 @@ def test_players_hold_the_videos_dense_first(runs, written):
     assert base64.b64decode(videos[0]["src"].partition("base64,")[2]) == both.read_bytes()
     canvases = page.all("canvas")
     assert [e["aria-label"] for e in canvases] == [
-        "dense", "random-blocks", "radial", "|random-blocks - dense| x 4", "|radial - dense| x 4",
+        "dense", "random-blocks", "|random-blocks - dense| x 4", "radial", "|radial - dense| x 4",
     ]  # fmt: skip
-    assert [e["data-of"] for e in canvases] == ["0,0,0.5", "0,0.5,0.5", "1,0,1", "0,0.5,0.5", "1,0,1"]
-    assert [e.get("data-minus") for e in canvases] == [None, None, None, "0,0,0.5", "0,0,0.5"]
+    assert [e["data-of"] for e in canvases] == ["0,0,0.5", "0,0.5,0.5", "0,0.5,0.5", "1,0,1", "1,0,1"]
+    assert [e.get("data-minus") for e in canvases] == [None, None, "0,0,0.5", None, "0,0,0.5"]
 
 
 def test_too_much_video_is_linked_and_named(runs, tmp_path):
@@ -191,6 +193,51 @@ def test_the_command(runs, tmp_path, capsys):
     assert main(["report", str(tmp_path / "absent")]) == 2
     assert "there is nothing at" in capsys.readouterr().err
     assert main(["report", str(runs), "--max-mb", "-1"]) == 2
+
+
+def test_what_is_no_page_is_not_overwritten(runs, tmp_path):
+    path, _ = record(runs)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is no HTML page, so it is kept; give another -o"):
+        report([runs], path)
+    assert path.read_bytes() == before
+    with pytest.raises(UsageError, match=r"is a folder; .*report\.html"):
+        report([runs], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        report([runs], tmp_path / "file" / "r.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    for _ in range(2):
+        report([runs], tmp_path / "r.html")
+
+
+def test_methods_of_one_prompt_share_their_axes_and_equal_names_are_told_apart(runs, tmp_path):
+    _, data = record(runs)
+    for number, density in ((1, 0.25), (2, 0.75)):
+        other = json.loads(json.dumps(data))
+        other["settings"]["attention"]["method"]["seed"] = number
+        other["attention"]["density"] = density
+        (tmp_path / f"{number}.json").write_text(json.dumps(other))
+    report([tmp_path], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    names = ["random-blocks 0.25 #1", "random-blocks 0.75 #2"]
+    assert [e["text"] for e in page.all("h4")] == names
+    captions = [e["text"] for e in page.all("figcaption")]
+    assert len([text for text in captions if text.startswith("PSNR per frame")]) == 1
+    bars = {e["text"].split(",")[0] for e in page.all("rect") if e["text"].endswith(" s")}
+    assert bars == {*names, *(f"dense / {name}" for name in names)}
+    assert len([text for text in captions if text.startswith("Density by layer and step")]) == 2
+
+
+def test_records_without_steps_show_their_layers(runs, tmp_path):
+    _, data = record(runs)
+    for layer in data["attention"]["layers"]:
+        del layer["density_steps"], layer["drift_steps"]
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    report([tmp_path], tmp_path / "r.html")
+    titles = [e["text"] for e in Page((tmp_path / "r.html").read_text()).all("rect")]
+    for number, layer in enumerate(data["attention"]["layers"]):
+        assert f"density, layer {number}: {layer['density']:.4g}" in titles
 
 
 def test_a_folder_without_records_is_refused(tmp_path):
