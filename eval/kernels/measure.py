@@ -50,8 +50,10 @@ def measure(case: Case, device: str, *, seconds: float = 1.0, shape: Shape | Non
     first = time.perf_counter() - start
     tiles = tiled(made, q, backend=case.backend, quant=resolve_quant(case.quant, q.device))
     how = {"layout": layout, "backend": case.backend, "quant": case.quant}
-    _warm(tiles, q, k, v, case)
-    sides = _sides(method, made, q, k, v, how)
+    whole = plan(None, None, None, WHOLE, layout=layout).to(q.device)
+    for served in [tiled(whole, q, backend=case.backend), *([tiles] if case.quant is None else [])]:
+        _warm(served, q, k, v, case.backend)
+    sides = _sides(method, made, whole, q, k, v, how)
     dense, why = rivals.dense(q, k, v)
     others: dict[str, Side] = {}
     if case.section not in _WITHOUT_RIVALS and case.method is not None:
@@ -77,9 +79,10 @@ def measure(case: Case, device: str, *, seconds: float = 1.0, shape: Shape | Non
     }  # fmt: skip
 
 
-def _sides(method: Method, made: Plan, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> dict[str, Side]:
+def _sides(
+    method: Method, made: Plan, whole: Plan, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]
+) -> dict[str, Side]:
     kept = State()
-    whole = plan(None, None, None, WHOLE, layout=how["layout"]).to(q.device)
 
     def state() -> State:
         return kept if method.static else State()
@@ -93,9 +96,10 @@ def _sides(method: Method, made: Plan, q: Tensor, k: Tensor, v: Tensor, how: dic
     return sides if method != WHOLE else {name: sides[name] for name in ("sparse", "kernel", "whole")}
 
 
-def _warm(tiles: TilePlan, q: Tensor, k: Tensor, v: Tensor, case: Case) -> None:
-    """Block sizes are found before anything is timed."""
-    if q.device.type == "cuda" and case.quant is None and case.backend in ("auto", "triton"):
+def _warm(tiles: TilePlan, q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+    """Block sizes are found before anything is timed, for each kind of call: a ratio of two sides, one of them on the
+    table's sizes, would tell of the tuning."""
+    if q.device.type == "cuda" and backend in ("auto", "triton"):
         from ...kernels import autotune
 
         autotune.warm(tiles, q, k, v)

@@ -1,5 +1,7 @@
 """Rows of the kernel benchmark on tiny tensors: what ran, its error, and ratios that follow from its times."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from dit_accel.eval.kernels.cases import Case, Shape
 from dit_accel.eval.kernels.clock import in_turn, observed
 from dit_accel.eval.kernels.measure import measure, workload
 from dit_accel.eval.kernels.table import markdown
-from dit_accel.kernels import BlockList, TilePlan
+from dit_accel.kernels import BlockList, TilePlan, autotune
 from dit_accel.kernels.block_sparse import block_sparse_attention
 
 SHAPE = Shape((4, 8, 16), heads=2, dim=16)
@@ -61,6 +63,34 @@ def test_a_rival_that_raises_says_why():
     calls, why = {"good": lambda: torch.ones(1), "bad": broken}, {}
     assert set(rivals.usable(calls, why)) == set(calls) == {"good"}
     assert why == {"bad": "RuntimeError: no kernel for this"}
+
+
+@pytest.mark.parametrize(("quant", "others"), [(None, ["tested"]), ("sage2", [])])
+def test_our_kernel_on_all_pairs_is_tuned_as_the_plan_is(monkeypatch, quant, others):
+    """The kinds of calls that are warmed are those that are then timed: whole tiles have a kind of their own."""
+    warmed = []
+
+    class TimedNow(Exception):
+        """Everything that is warmed has been."""
+
+    def in_turn(sides, *_, **__):
+        assert "whole" in sides
+        raise TimedNow
+
+    monkeypatch.setattr(module, "_warm", lambda tiles, q, k, v, backend: warmed.append(autotune.kind(tiles, q, 16)))
+    monkeypatch.setattr(module, "in_turn", in_turn)
+    with pytest.raises(TimedNow):
+        measure(Case("cpu", "tiny", "gna", 0.3, backend="auto" if quant else "gather", quant=quant), "cpu", shape=SHAPE)
+    assert [kind.split("-")[4] for kind in warmed] == ["full", *others]
+
+
+@pytest.mark.parametrize(("device", "backend", "found"), [("cuda", "auto", 1), ("cuda", "flex", 0), ("cpu", "auto", 0)])
+def test_only_the_kernel_is_tuned(monkeypatch, device, backend, found):
+    asked = []
+    monkeypatch.setattr(autotune, "warm", lambda *given: asked.append(given))
+    q = SimpleNamespace(device=SimpleNamespace(type=device))
+    module._warm("tiles", q, q, q, backend)
+    assert asked == [("tiles", q, q, q)] * found
 
 
 def test_workload_of_uneven_rows():
