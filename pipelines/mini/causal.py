@@ -7,22 +7,20 @@ shared and stay as they are. Stages, each resumable: ``encode`` (draw and encode
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from . import path, sheets
+from . import command, path, sheets
+from .command import load_config
 from .data import SHARD, Latents, encode_shards
 from .export import save_causal
 from .loop import Stage, schedule_of
 from .rows import CHUNK, LATER, START, encode_moments
 from .student import Student, forcing_loss, pick_memory
 from .text import MAX_LENGTH
-from .train import load_config
 from .vae import SPATIAL
 from .world import HEIGHT, WIDTH
 
@@ -102,30 +100,11 @@ def _stock(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code (0 done, 1 stopped by ``--max-minutes``: start the same command
     again)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_accel.pipelines.mini.causal", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--config", default="cpu", help="a shipped config (cpu, gpu) or a JSON file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and pictures")
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser = command.parser("causal", __doc__, STAGES, "transformer")
     parser.add_argument("--source", type=Path, help="pipeline folder to start from (default: the bundled one)")
-    parser.add_argument("--export", type=Path, help="where to write the transformer (default: OUT/transformer)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--max-minutes", type=float, help="stop at a checkpoint after this long")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else None
+    args = command.parse(parser, argv)
     run = CausalRun(load_config(args.config, "causal_"), args.out, args.device, args.source)
-    steps = {"encode": run.encode, "student": run.train}
-    for stage in STAGES if args.stage == "all" else (args.stage,):
-        if stage == "export":
-            run.export(args.export or args.out / "transformer")
-        elif not steps[stage](deadline):
-            print(f"stopped in stage {stage!r} after {args.max_minutes} minutes; the same command continues")
-            return 1
-    return 0
+    return command.work(args, {"encode": run.encode, "student": run.train}, run.export)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ encoder and transformer), ``export`` (a WanPipeline folder). ``encode`` may run 
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from . import export, sheets
+from . import command, export, sheets
+from .command import load_config
 from .data import SHARD, Latents, encode_shards
 from .loop import Stage, schedule_of
 from .model import Denoiser, build_transformer, denoising_loss
@@ -25,18 +23,6 @@ from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
 from .vae import build_vae, clip_batch, latent_statistics, vae_loss
 
 STAGES = ("vae", "encode", "refine", "denoiser", "export")
-
-
-def load_config(name: str, kind: str = "") -> dict[str, Any]:
-    """Reads a shipped config of ``kind`` (``cpu``, ``gpu``) or a JSON file."""
-    prefix = f"config_{kind}"
-    shipped = Path(__file__).parent / f"{prefix}{name}.json"
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        found = (p.stem.removeprefix(prefix) for p in shipped.parent.glob(f"{prefix}*.json"))
-        known = ", ".join(sorted(stem for stem in found if "_" not in stem))
-        raise SystemExit(f"--config {name!r} is neither a file nor a shipped config; shipped: {known}")
-    return json.loads(path.read_text())
 
 
 class Run:
@@ -175,29 +161,10 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code (0 done, 1 stopped by ``--max-minutes``: start the same command
     again)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_accel.pipelines.mini.train", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--config", default="cpu", help="a shipped config (cpu, gpu) or a JSON file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and pictures")
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
-    parser.add_argument("--export", type=Path, help="where to write the pipeline (default: OUT/pipeline)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--max-minutes", type=float, help="stop at a checkpoint after this long")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else None
+    args = command.parse(command.parser("train", __doc__, STAGES, "pipeline"), argv)
     run = Run(load_config(args.config), args.out, args.device)
     steps = {"vae": run.train_vae, "encode": run.encode, "refine": run.refine, "denoiser": run.train_denoiser}
-    for stage in STAGES if args.stage == "all" else (args.stage,):
-        if stage == "export":
-            run.export(args.export or args.out / "pipeline")
-        elif not steps[stage](deadline):
-            print(f"stopped in stage {stage!r} after {args.max_minutes} minutes; the same command continues")
-            return 1
-    return 0
+    return command.work(args, steps, run.export)
 
 
 if __name__ == "__main__":
