@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from . import record
+
 HELP = "attention error per layer, step and head, several methods on one dense run"
 DESCRIPTION = (
     "Render a few prompts densely and attend, at every call, also under each method on the same tensors: relative L1, "
@@ -37,14 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, metavar="N", help="number of frames (default: the model's)")
     add("--seed", type=int, default=42, metavar="N", help="seed of the initial noise (default: 42)")
     add("--backend", default="auto", help="execution tier (default: auto)")
-    add("-o", "--out", metavar="FILE", help="JSON with everything, heat maps included")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
+    record.add_arguments(parser, "everything, heat maps included")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..pipelines.prompts import parse_size
     from .console import Console, calm_libraries, table
-    from .record import finish
 
     console = Console(json=args.json)
     size = parse_size(args.size) if args.size else None
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "model": info.name, "layout": str(layout), "rows_per_call": args.rows, "steps": shots[0].steps,
         "prompts": [{"prompt": s.prompt, "seed": s.seed} for s in shots], "methods": found,
     }  # fmt: skip
-    finish(args, "attention", data)
+    record.finish(args, "attention", data)
     return 0
 
 

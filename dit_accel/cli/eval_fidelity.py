@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from . import folders, record
+
 HELP = "PSNR, SSIM and LPIPS of two folders of renders, paired by prompt and seed"
 DESCRIPTION = (
     "Compare every clip of FAST with the clip of DENSE that has the same prompt and seed, frame by frame. Frames "
@@ -17,11 +19,8 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    folders.add_arguments(parser)
     add = parser.add_argument
-    add("dense", metavar="DENSE", help="folder that render -o wrote with --method dense")
-    add("fast", metavar="FAST", help="folder of the same prompts and seeds under a method")
-    add("--dense-frames", metavar="DIR", help="its --frames-dir")
-    add("--fast-frames", metavar="DIR", help="its --frames-dir")
     add("--border", default="valid", help="SSIM's border: valid, reflect, zero (default: valid)")
     add(
         "--lpips",
@@ -30,14 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NET",
         help="also LPIPS: alex, vgg, squeeze; needs pip install lpips",
     )
-    add("-o", "--out", metavar="FILE", help="JSON with every row")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..eval.paired import compare_folders
     from .console import Console, table
-    from .record import finish
 
     console = Console(json=args.json)
     found = compare_folders(
@@ -61,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             console.note(
                 f"note: {len(prompts)} clips of {getattr(args, side)} have no partner: {', '.join(prompts[:3])}"
             )
-    finish(args, "fidelity", found)
+    record.finish(args, "fidelity", found)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from . import folders, record
+
 HELP = "weight-free figures of renders against their dense partners; no VBench scores"
 DESCRIPTION = (
     "Motion, persistence of appearance, sharpness, noise, blocks and damage of every clip of FAST, as differences to "
@@ -15,19 +17,12 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("dense", metavar="DENSE", help="folder that render -o wrote with --method dense")
-    add("fast", metavar="FAST", help="folder of the same prompts and seeds under a method")
-    add("--dense-frames", metavar="DIR", help="its --frames-dir")
-    add("--fast-frames", metavar="DIR", help="its --frames-dir")
-    add("-o", "--out", metavar="FILE", help="JSON with every row")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
+    folders.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..eval.proxies import compare_folders
     from .console import Console, table
-    from .record import finish
 
     console = Console(json=args.json)
     found = compare_folders(args.dense, args.fast, dense_frames=args.dense_frames, fast_frames=args.fast_frames)
@@ -45,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
         if not row["reliable"]:
             console.note(f"{row['prompt'][:60]} (seed {row['seed']}): the flow does not come back; its figures are "
                          "unreliable")  # fmt: skip
-    finish(args, "proxies", found)
+    record.finish(args, "proxies", found)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import attention
+from . import attention, record
 
 HELP = "time dense against a method, in turn, with the break-down and the bound"
 DESCRIPTION = (
@@ -32,15 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="WxH", help="width x height in pixels (default: the model's)")
     add("--frames", type=int, metavar="N", help="number of frames (default: the model's)")
     add("--seed", type=int, default=42, metavar="N", help="seed of the initial noise (default: 42)")
-    add("-o", "--out", metavar="FILE", help="JSON with every run")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
+    record.add_arguments(parser, "every run")
     attention.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..pipelines.prompts import parse_size
     from .console import Console, calm_libraries
-    from .record import finish
     from .render_report import attention_line, attention_report, compare_report, summary_report
 
     console = Console(json=args.json)
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if len(verdicts) > 1:
         for line in summary_report(summary):
             console.say(line)
-    finish(args, "speed", {"model": info.name, "steps": shots[0].steps, "rows": rows, "summary": summary})
+    record.finish(args, "speed", {"model": info.name, "steps": shots[0].steps, "rows": rows, "summary": summary})
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from . import record
+
 HELP = "VBench 1.0: totals of results, the official package's doctor and run, video names"
 DESCRIPTION = (
     "totals: official totals of *_eval_results.json in a folder or zip. doctor: what each dimension lacks in the "
@@ -33,17 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", default="vbench-results", metavar="DIR", help="where run keeps raw results")
     add("--device", default="cuda", help="device of run (default: cuda)")
     add("--local", action="store_true", help="let vbench load DINO and CLIP from its cache folder")
-    add("-o", "--out", metavar="FILE", help="JSON with everything")
-    add("--json", action="store_true", help="JSON to stdout, text to stderr")
+    record.add_arguments(parser, "everything")
 
 
 def run(args: argparse.Namespace) -> int:
     from .console import Console
-    from .record import finish
 
     console = Console(json=args.json)
     found, code = _ACTIONS[args.action](args, console)
-    finish(args, f"vbench-{args.action}", found)
+    record.finish(args, f"vbench-{args.action}", found)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -40,7 +41,13 @@ def save(path: str | Path, document: dict[str, Any]) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; give another -o") from None
 
 
-def finish(args: Any, kind: str, data: dict[str, Any]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Where :func:`finish` puts the document, which holds ``what``."""
+    parser.add_argument("-o", "--out", metavar="FILE", help=f"JSON with {what}")
+    parser.add_argument("--json", action="store_true", help="JSON to stdout, text to stderr")
+
+
+def finish(args: argparse.Namespace, kind: str, data: dict[str, Any]) -> None:
     """Write the document to ``-o`` and, with ``--json``, to stdout."""
     from .console import emit
 
