@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread per worker: several workers with a thread per core each would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Files of ten CPU seconds and more, the longest first: begun last, one of them would leave a worker idle.
+LONGEST = [
+    "kernels/block_sparse/test_triton.py",
+    "kernels/quant/test_triton.py",
+    "kernels/block_sparse/test_tiers.py",
+    "kernels/block_sparse/test_triton_compile.py",
+    "dit_accel/diffusers/test_compile.py",
+    "dit_accel/diffusers/test_family_models.py",
+    "cli/test_tune.py",
+    "cli/test_plan.py",
+    "eval/shapes/test_job.py",
+    "eval/test_methods.py",
+]
+
 TRANSFORMERS = {
     "WanPipeline": "WanTransformer3DModel",
     "WanImageToVideoPipeline": "WanTransformer3DModel",
@@ -17,6 +32,17 @@ TRANSFORMERS = {
     "CogVideoXPipeline": "CogVideoXTransformer3DModel",
     "FluxPipeline": "FluxTransformer2DModel",
 }
+
+
+def pytest_configure(config):
+    # By itself --dist loadfile begins with the files of most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")
