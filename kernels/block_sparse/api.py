@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,29 @@ def block_sparse_attention(
         from . import triton as tier_triton
 
         return tier_triton.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, return_lse=return_lse)
-    q, k, v, alive = in_plan_order(q, k, v, plan, kv_valid)
     run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
-    out, lse = in_token_order(*run(q, k, v, plan, scale=scale, alive=alive), plan)
+    turn = flash.heads_at_once(q, k, v, plan, kv_valid is not None) if tier == "flash" else q.shape[1]
+    out, lse = _by_heads(run, turn, q, k, v, plan, scale, kv_valid)
     return out, lse if return_lse else None
+
+
+def _by_heads(
+    run: Callable[..., tuple[Tensor, Tensor | None]], turn: int, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan,
+    scale: float, kv_valid: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``run`` on ``turn`` query heads at a time, so that copies in plan order exist for those alone."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if turn >= heads:
+        q, k, v, alive = in_plan_order(q, k, v, plan, kv_valid)
+        return in_token_order(*run(q, k, v, plan, scale=scale, alive=alive), plan)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for first in range(0, heads, turn):
+        own = slice(first, min(first + turn, heads))
+        keys = slice(first * kv_heads // heads, own.stop * kv_heads // heads)
+        some = q[:, own], k[:, keys], v[:, keys], plan.of_heads(own, heads)
+        out[:, own], lse[:, own] = _by_heads(run, turn, *some, scale, kv_valid)
+    return out, lse
 
 
 def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False) -> tuple[str, str]:

@@ -35,11 +35,20 @@ def shared(plan: TilePlan) -> bool:
     return plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
 
 
+def heads_at_once(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> int:
+    """Query heads to give to :func:`attention` at once. ``dead``: whether some keys are."""
+    return q.shape[1] if _as_runs(k, v, plan, dead) else flash_rows.heads_at_once(k, v, plan, q.shape[1])
+
+
+def _as_runs(k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> bool:
+    return shared(plan) and not dead and k.shape[-1] == v.shape[-1]
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, for plans that :func:`refuses` lets pass."""
-    if not shared(plan) or alive is not None or k.shape[-1] != v.shape[-1]:
+    if not _as_runs(k, v, plan, alive is not None):
         return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)

@@ -22,29 +22,16 @@ STRIPS = 1 << 20
 SOURCE = 64 << 20
 
 
+def heads_at_once(k: Tensor, v: Tensor, plan: TilePlan, heads: int) -> int:
+    """How many of ``heads`` query heads to give to :func:`attention` at once; whole groups that share a key head."""
+    one = (k[:, :1].nbytes + v[:, :1].nbytes) * (1 + sum(group.size for group in plan.reps) / plan.n_k)
+    return min(max(1, int(SOURCE // max(one, 1))) * (heads // k.shape[1]), heads)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, for plans without a gate whose partial tiles test nothing but holes."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    one = (k[:, :1].nbytes + v[:, :1].nbytes) * (1 + sum(group.size for group in plan.reps) / plan.n_k)
-    # Whole groups of query heads, so that every turn has whole key heads.
-    turn = max(1, int(SOURCE // max(one, 1))) * (heads // kv_heads)
-    if turn >= heads:
-        return _attend(q, k, v, plan, scale, alive)
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for first in range(0, heads, turn):
-        own = slice(first, min(first + turn, heads))
-        keys = slice(first * kv_heads // heads, own.stop * kv_heads // heads)
-        live = alive if alive is None or alive.shape[1] == 1 else alive[:, own]
-        out[:, own], lse[:, own] = _attend(q[:, own], k[:, keys], v[:, keys], plan.of_heads(own, heads), scale, live)
-    return out, lse
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, alive: Tensor | None
-) -> tuple[Tensor, Tensor]:
     (b, h, n, _), dim = q.shape, v.shape[-1]
     tiles, tile = plan.tiles_q, plan.tile_q
     wide = torch.promote_types(q.dtype, torch.float32)

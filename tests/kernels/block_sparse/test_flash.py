@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels import BlockList, Box, Predicate, TilePlan
-from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash, flash_rows, flex
+from dit_accel.kernels.block_sparse import api, block_sparse_attention, choose, flash, flash_rows, flex
 
 
 def tensors(n_q, n_k, heads=4, kv_heads=4, dim=24, dtype=torch.float64, batch=2):
@@ -83,6 +83,24 @@ def test_an_order_is_taken_and_put_back():
     block = torch.empty(60, dtype=torch.long)
     block[order] = torch.arange(60) // 16
     torch.testing.assert_close(out, brute(q, k, v, block[:, None] == block[None, :], 0.2)[0])
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["one order", "an order per head"])
+def test_copies_in_plan_order_exist_for_heads_in_turn(per_head, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    order = torch.rand((4, 60) if per_head else (60,), generator=generator).argsort(-1)
+    mask = torch.rand(1, 4, 4, 4, generator=generator) < 0.5
+    mask |= torch.eye(4, dtype=torch.bool)
+    plan = TilePlan(16, 16, 60, 60, BlockList.from_mask(mask), order=order, kv_order=order)
+    q, k, v = tensors(60, 60)
+    k, v, valid = k[:, :2], v[:, :2], torch.tensor([60, 41], dtype=torch.int32)
+    call = {"scale": 0.2, "kv_valid": valid, "backend": "flash", "return_lse": True}
+    once = block_sparse_attention(q, k, v, plan, **call)
+    copied, real = [], api.take
+    monkeypatch.setattr(api, "take", lambda x, *rest: copied.append(x.shape[1]) or real(x, *rest))
+    monkeypatch.setattr(flash_rows, "SOURCE", 1)
+    torch.testing.assert_close(block_sparse_attention(q, k, v, plan, **call), once)
+    assert copied == ([2, 2, 2] if per_head else [2, 1, 1]) * 2
 
 
 def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
