@@ -1,21 +1,24 @@
 """What the guard costs: ``python -m dit_accel.eval.guard``.
 
-The bundled model's transformer, one method, guards in turn, medians of runs of forwards in one process.
+The bundled model's transformer, one method: every forward is made under each guard in turn, so that a machine whose
+speed drifts slows all of them alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
+from copy import deepcopy
+from statistics import median
 
 
 def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict:
-    """Median seconds of a run of ``forwards`` under each guard, in turn, and what each guard looked at.
+    """Seconds of a run of ``forwards`` under each guard, medians of ``repeats`` after one that warms up, and what each
+    guard looked at in a run.
 
-    ``overhead``: over no guard at all.
+    ``overhead``: over no guard at all, the median of the repeats; ``overhead_range``: its least and most.
     """
     import torch
     from diffusers import WanPipeline
@@ -23,17 +26,17 @@ def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict
     from .. import Guard, RadialProcessor, Schedule
     from ..diffusers import engines
     from ..pipelines.mini import defaults, path
+    from .environment import environment
 
     pipe = WanPipeline.from_pretrained(path(), dtype=torch.float32)
-    model, size = pipe.transformer, defaults()
-    channels = model.config.in_channels
+    size = defaults()
+    channels = pipe.transformer.config.in_channels
     frames = (size["num_frames"] - 1) // pipe.vae_scale_factor_temporal + 1
     height, width = (size[side] // pipe.vae_scale_factor_spatial for side in ("height", "width"))
     generator = torch.Generator().manual_seed(0)
     arguments = {
         "hidden_states": torch.randn(1, channels, frames, height, width, generator=generator),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 32, model.config.text_dim, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 32, pipe.transformer.config.text_dim, generator=generator),
         "return_dict": False,
     }
     guards = {
@@ -44,29 +47,37 @@ def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict
         "every call": Guard(drift=True, rate=1.0),
     }
     seconds: dict[str, list[float]] = {name: [] for name in guards}
-    counted = {}
     with torch.inference_mode():
         for turn in range(repeats + 1):
-            for name, guard in guards.items():
-                model.set_attn_processor(RadialProcessor(schedule=Schedule.none(), guard=guard, backend=backend))
-                (engine,) = engines(model)
-                start = time.perf_counter()
-                for step in range(forwards):
-                    model(**{**arguments, "timestep": torch.tensor([900.0 - 800.0 * step / forwards])})
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-                stats = engine.stats
-                counted[name] = {"flag_reads": stats.flag_reads, "checks": stats.checks, "calls": stats.sparse}
-    model.reset_attn_processor()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+            models = {name: deepcopy(pipe.transformer) for name in guards}
+            for name, model in models.items():
+                model.set_attn_processor(RadialProcessor(schedule=Schedule.none(), guard=guards[name], backend=backend))
+            spent = dict.fromkeys(guards, 0.0)
+            for step in range(forwards):
+                timestep = torch.tensor([900.0 - 800.0 * step / forwards])
+                # Whoever comes first after the step before gets colder caches, so all take turns at that.
+                names = list(guards)
+                for name in names[step % len(names) :] + names[: step % len(names)]:
+                    start = time.perf_counter()
+                    models[name](timestep=timestep, **arguments)
+                    spent[name] += time.perf_counter() - start
+            for name in guards if turn else ():
+                seconds[name].append(spent[name])
+    stats = {name: engines(model)[0].stats for name, model in models.items()}
+    shares = {name: [one / off - 1 for one, off in zip(seconds[name], seconds["off"], strict=True)] for name in guards}
     return {
         "forwards": forwards,
-        "seconds": {name: round(value, 4) for name, value in medians.items()},
-        "overhead": {name: round(value / medians["off"] - 1, 4) for name, value in medians.items()},
-        "counted": counted,
-        "tiers": stats.tiers,
+        "seconds": {name: round(median(values), 4) for name, values in seconds.items()},
+        "overhead": {name: round(median(values), 4) for name, values in shares.items()},
+        "overhead_range": {name: [round(min(values), 4), round(max(values), 4)] for name, values in shares.items()},
+        "counted": {
+            name: {"flag_reads": one.flag_reads, "checks": one.checks, "calls": one.sparse}
+            for name, one in stats.items()
+        },
+        "tiers": stats["default"].tiers,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
+        "environment": environment(),
     }
 
 

@@ -36,7 +36,7 @@ PROMPTS = 6
 CALIBRATION = 2
 # Accelerated renders between two dense ones.
 EVERY = 8
-BUDGETS = ("psnr>=28", "speed>=1.3")
+BUDGETS = ("psnr>=28", "speed>=1.1")
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ def test_an_interrupted_sweep_is_continued(tiny_wan, tmp_path):
         sweep.run(small(tiny_wan, tmp_path, steps=3), out)
 
 
-@pytest.mark.skipif(not STORED.is_file(), reason="no sweep is committed")
-@pytest.mark.parametrize("budget", sweep.BUDGETS)
-def test_the_budget_holds_on_prompts_that_the_search_did_not_see(budget, capsys):
+def test_the_budget_holds_on_prompts_that_the_search_did_not_see(capsys):
+    budget = "psnr>=28"
     found = replay(Stored.of(read(STORED)), Budget.parse(budget))
     assert found["held"] >= 9
     assert found["near"] >= 9
