@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedError, UsageError
+from ..errors import UsageError
 from ..pipelines.acceleration import DENSE, Acceleration
 from ..pipelines.calibrate import CalibrationJob, calibrate_paro, plan_shots
 from ..pipelines.generate import Result, generate
@@ -393,12 +393,8 @@ def main(argv: list[str] | None = None) -> int:
     out = args.pop("out")
     args["candidates"] = tuple(args["candidates"]) or tuple(f"{m}@{d:g}" for m in METHODS for d in DENSITIES)
     args["measurements"] = tuple(args.pop("measure"))
-    try:
-        args["size"] = parse_size(args["size"]) if args["size"] else None
-        document = run(Settings(**args), out, lambda text: print(text, file=sys.stderr, flush=True))
-    except (UsageError, UnsupportedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args["size"] = parse_size(args["size"]) if args["size"] else None
+    document = run(Settings(**args), out, lambda text: print(text, file=sys.stderr, flush=True))
     print(markdown(document))
     return 0
 

@@ -62,7 +62,7 @@ def _refuse_overwriting(out: Path) -> None:
         raise UsageError(f"{out} is a folder; -o is the page to write, for example -o {out / 'report.html'}")
     if out.is_file() and out.stat().st_size:
         with open(out, "rb") as file:
-            if not file.read(len(START)) == START.encode():
+            if file.read(len(START)) != START.encode():
                 raise UsageError(f"{out} is there and is no HTML page, so it is kept; give another -o")
 
 

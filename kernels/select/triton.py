@@ -24,16 +24,9 @@ def largest(values: Tensor, count: int | Tensor) -> Tensor:
         each, count = count.expand(values.shape[:-1]).reshape(-1).to(torch.int32).contiguous(), 0
     with torch.cuda.device_of(values):
         _largest[(triton.cdiv(len(rows), some),)](
-            rows,
-            taken.view(torch.uint8),
-            each,
-            count,
-            len(rows),
-            n,
-            some,
-            width,
+            rows, taken.view(torch.uint8), each, count, len(rows), n, some, width,
             num_warps=4 if width <= TILE else 8 if width <= 2 * TILE else 16,
-        )
+        )  # fmt: skip
     return taken.view(values.shape)
 
 

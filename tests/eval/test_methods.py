@@ -10,6 +10,7 @@ import torch
 from dit_accel.errors import UsageError
 from dit_accel.eval import memory
 from dit_accel.eval import methods as module
+from dit_accel.eval.command import run as ended
 from dit_accel.eval.environment import environment
 from dit_accel.eval.methods import Settings, main, markdown, run, split
 from dit_accel.eval.tables import section
@@ -101,7 +102,7 @@ def test_speed_rows_of_two_machines_are_refused(timed_elsewhere, capsys, monkeyp
     # Refused before anything is loaded or rendered.
     monkeypatch.setattr(module, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     capsys.readouterr()
-    assert main([*argv, "--measure", "speed"]) == 2
+    assert ended(lambda: main([*argv, "--measure", "speed"])) == 2
     done = capsys.readouterr()
     here = environment()["cpu"]
     assert "holds 4 speed rows of another machine: Some CPU, 96 threads, torch" in done.err
@@ -117,14 +118,14 @@ def test_speed_rows_of_a_machine_without_a_name_are_refused(timed_elsewhere, cap
     found = json.loads(out.read_text())
     del found["environment"]
     out.write_text(json.dumps(found))
-    assert main([*argv, "--measure", "speed"]) == 2
+    assert ended(lambda: main([*argv, "--measure", "speed"])) == 2
     assert "a machine that it does not name" in capsys.readouterr().err
 
 
 def test_quality_goes_on_beside_speed_rows_of_another_machine(timed_elsewhere):
     argv, out = timed_elsewhere
     before = json.loads(out.read_text())
-    assert main(["vmoba", *argv[1:], "--measure", "quality"]) == 0
+    assert ended(lambda: main(["vmoba", *argv[1:], "--measure", "quality"])) == 0
     after = json.loads(out.read_text())
     assert len(after["rows"]) == len(before["rows"]) + 1
     assert (after["speed"], after["environment"]) == (before["speed"], before["environment"])
@@ -133,21 +134,21 @@ def test_quality_goes_on_beside_speed_rows_of_another_machine(timed_elsewhere):
 def test_fresh_speed_measures_speed_again_and_keeps_quality(timed_elsewhere):
     argv, out = timed_elsewhere
     before = json.loads(out.read_text())
-    assert main([*argv, "--measure", "speed", "--fresh-speed"]) == 0
+    assert ended(lambda: main([*argv, "--measure", "speed", "--fresh-speed"])) == 0
     after = json.loads(out.read_text())
     assert after["rows"] == before["rows"]
     assert [row["candidate"] for row in after["speed"]] == ["dense", "random-blocks"]
     assert all(row["seconds"]["loop"] < 1e6 for row in after["speed"])
     assert after["environment"]["cpu"] == json.loads(json.dumps(environment()["cpu"]))
     # The same machine goes on without being asked.
-    assert main([*argv, "--measure", "speed"]) == 0
+    assert ended(lambda: main([*argv, "--measure", "speed"])) == 0
     assert len(json.loads(out.read_text())["speed"]) == 4
 
 
 def test_fresh_speed_without_speed_is_refused(timed_elsewhere, capsys):
     argv, out = timed_elsewhere
     before = out.read_bytes()
-    assert main([*argv, "--measure", "quality", "--fresh-speed"]) == 2
+    assert ended(lambda: main([*argv, "--measure", "quality", "--fresh-speed"])) == 2
     assert "add speed to --measure" in capsys.readouterr().err
     assert out.read_bytes() == before
 
@@ -164,7 +165,7 @@ def test_an_environment_comes_with_speed_rows_only(document, settings, tmp_path)
     ("argv", "message"), [(["pisa@2"], "METHOD@DENSITY"), (["pisa@0.5", "--size", "big"], "WIDTHxHEIGHT")]
 )
 def test_a_usage_error_is_told_and_exits_with_2(argv, message, capsys):
-    assert main(argv) == 2
+    assert ended(lambda: main(argv)) == 2
     assert message in capsys.readouterr().err
 
 
