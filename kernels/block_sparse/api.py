@@ -81,12 +81,7 @@ def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool
         "flash": lambda: flash.refuses(q, plan),
         "flex": lambda: flex.refuses(q, plan, return_lse=return_lse),
     }
-    tiers = list(refusals)
-    if plan.kept and plan.plain and not flash.shared(plan):
-        # Rows one by one gather more than they save; flex wants tables, which pay where they are made once.
-        tiers = ["triton", "flex", "flash"]
-    for tier in tiers:
-        refusal = refusals[tier]
+    for tier, refusal in refusals.items():
         if backend in (tier, "auto"):
             # Emulation is for tests: asked for by name only.
             emulated = tier == "triton" and backend == "auto" and q.device.type != "cuda"

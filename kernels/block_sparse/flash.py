@@ -30,18 +30,15 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
     return None
 
 
-def shared(plan: TilePlan) -> bool:
-    """Whether one list of whole tiles serves all samples and heads."""
-    return plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
-
-
 def heads_at_once(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> int:
     """Query heads to give to :func:`attention` at once. ``dead``: whether some keys are."""
     return q.shape[1] if _as_runs(k, v, plan, dead) else flash_rows.heads_at_once(k, v, plan, q.shape[1])
 
 
 def _as_runs(k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> bool:
-    return shared(plan) and not dead and k.shape[-1] == v.shape[-1]
+    """Whether one list of whole tiles serves all samples and heads, and nothing else is to be told."""
+    shared = plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
+    return shared and not dead and k.shape[-1] == v.shape[-1]
 
 
 def attention(

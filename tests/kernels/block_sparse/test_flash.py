@@ -146,11 +146,10 @@ def test_whole_tiles_of_queries_with_tokens_before_heads():
     torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, 64, 64), 0.3)[0])
 
 
-@pytest.mark.parametrize(("kept", "tier"), [(True, "flex"), (False, "flash")])
-def test_lists_by_head_go_to_flex_where_the_plan_is_kept(kept, tier, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "by head"])
+def test_whole_tiles_come_here_before_they_are_compiled(heads, kept, monkeypatch):
     monkeypatch.setattr(flex, "unavailable", lambda device: None)
     q = torch.zeros(1, 4, 64, 16)
-    lists = BlockList.from_mask(torch.ones(1, 4, 4, 4, dtype=torch.bool))
-    assert choose(q, TilePlan(16, 16, 64, 64, lists, kept=kept))[0] == tier
-    shared = BlockList.from_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool))
-    assert choose(q, TilePlan(16, 16, 64, 64, shared, kept=kept))[0] == "flash"
+    lists = BlockList.from_mask(torch.ones(1, heads, 4, 4, dtype=torch.bool))
+    assert choose(q, TilePlan(16, 16, 64, 64, lists, kept=kept))[0] == "flash"
