@@ -7,19 +7,23 @@ time, never N x N.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..layout import Layout
 
 RECALL = 0.8  # of the mass; heads above it can do with fewer blocks (3.3)
 
 # Scores held at once, in elements.
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 # An LSE of another step may be off without bound; sums over all blocks stay finite in float32.
 _LARGEST = 1e30
+
+# How far below its bound an LSE may lie: what a row then sums up is still far from float32's least numbers.
+_FAR = 40.0
 
 
 def main_blocks(layout: Layout, size: int) -> range:
@@ -51,39 +55,75 @@ def block_mass(
     keys, groups = k.shape[2], heads // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.empty((batch, heads, -(-rows // size), -(-keys // size)), dtype=dtype, device=q.device)
-    fresh, lowest = lse is None, torch.finfo(dtype).min
-    if fresh:
-        lse = torch.empty((batch, heads, rows), dtype=dtype, device=q.device)
-    some_heads, some_blocks, strip = _chunk(q.device, heads, size, keys)
+    used = torch.empty((batch, heads, rows), dtype=dtype, device=q.device) if lse is None else lse
+    if not rows:
+        return mass, used
+    turns = Turns.of(q.device, heads, mass.shape[2], size, keys)
     for b in range(batch):
         dead = None if kv_valid is None else torch.arange(keys, device=q.device) >= kv_valid[b].to(q.device)
-        for h in range(0, heads, some_heads):
-            own = slice(h, min(h + some_heads, heads))
+        for h in range(0, heads, turns.heads):
+            own = slice(h, min(h + turns.heads, heads))
             columns = k[b].index_select(0, torch.arange(own.start, own.stop, device=k.device) // groups).to(dtype)
+            if dead is not None:
+                columns = columns.masked_fill(dead[:, None], 0)
             queries = q[b, own].to(dtype) * scale
-            if not fresh:
-                # The product subtracts the LSE as one channel more.
-                queries = torch.cat([queries, -lse[b, own, :, None]], -1)
-                columns = pad(columns, (0, 1), value=1)
-            for first in range(0, rows, strip * size):
-                part = queries[:, first : first + strip * size]
-                sums = part.new_empty((*part.shape[:2], mass.shape[-1]))
-                offset = part.new_empty((*part.shape[:2], 1)) if fresh else None
-                for row in range(0, part.shape[1], some_blocks * size):
-                    at = (slice(None), slice(row, row + some_blocks * size))
-                    scores = part[at] @ columns.mT
-                    if dead is not None:
-                        scores.masked_fill_(dead, -torch.inf)
-                    if fresh:
-                        offset[at] = top = scores.amax(-1, keepdim=True).clamp_min_(lowest)
-                        scores.sub_(top)
-                    sums[at] = _sums(scores.exp_(), size)
-                if fresh:
-                    total = sums.sum(-1, keepdim=True)
-                    lse[b, own, first : first + strip * size] = (offset + total.log()).clamp_min_(lowest)[..., 0]
-                    sums /= total.masked_fill(total == 0, 1)
-                mass[b, own, first // size : first // size + strip] = _sums(sums.mT, size).mT
-    return mass.clamp_max_(_LARGEST), lse
+            if lse is not None:
+                mass[b, own], _ = _mass(queries, columns, size, lse[b, own], True, dead, turns)
+                continue
+            found = None
+            if q.device.type == "cpu":
+                # |q| |k| is never below a score and saves two passes for the largest one, but may be far above it.
+                bound = queries.norm(dim=-1) * columns.norm(dim=-1).amax(-1, keepdim=True)
+                mass[b, own], found = _mass(queries, columns, size, bound, False, dead, turns)
+                found = None if (found < bound - _FAR).any() else found
+            if found is None:
+                mass[b, own], found = _mass(queries, columns, size, None, False, dead, turns)
+            used[b, own] = found
+    return mass.clamp_max_(_LARGEST), used
+
+
+def _mass(
+    queries: Tensor, columns: Tensor, size: int, offset: Tensor | None, final: bool, dead: Tensor | None, turns: Turns
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Mass (H, ceil(R / size), ceil(N / size)) and LSE (H, R) of queries (H, R, D), scaled, over columns (H, N, D).
+
+    ``offset`` (H, R): what is subtracted from the scores, None for the largest of each query. ``final``: it is the LSE,
+    so what results is the mass; no other is returned. ``dead``: bool (N,).
+    """
+    heads, blocks, limits = len(queries), -(-queries.shape[1] // size), torch.finfo(queries.dtype)
+    if offset is not None:
+        # The product subtracts it as one channel more.
+        queries = torch.cat([queries, -offset[..., None]], -1)
+        columns = torch.cat([columns, torch.ones_like(columns[..., :1])], -1)
+    columns = columns.mT.contiguous()
+    # One buffer for all scores: fresh memory of that size costs as much as what is done with it.
+    buffer = queries.new_empty((heads, turns.blocks * size, columns.shape[-1]))
+    member = torch.eye(turns.blocks, dtype=buffer.dtype, device=buffer.device).repeat_interleave(size, 1)
+    mass, tops, totals = [], [], []
+    for first in range(0, blocks, turns.strip):
+        lines = []
+        for block in range(first, min(first + turns.strip, blocks), turns.blocks):
+            part = queries[:, block * size : (block + turns.blocks) * size]
+            scores = torch.bmm(part, columns, out=buffer[:, : part.shape[1]])
+            if dead is not None:
+                scores.masked_fill_(dead, -torch.inf)
+            if offset is None:
+                tops.append(scores.amax(-1, keepdim=True).clamp_min_(limits.min))
+                scores.sub_(tops[-1])
+            scores.exp_()
+            # Over queries first: whole rows add up several times as fast as parts of them.
+            if final:
+                lines.append(_sums(scores, size, 1))
+                continue
+            totals.append(scores.sum(-1, keepdim=True).clamp_min_(limits.tiny))
+            weights = member[: min(turns.blocks, blocks - block), : part.shape[1]] / totals[-1].mT
+            lines.append(torch.bmm(weights, scores))
+        mass.append(_sums(torch.cat(lines, 1), size, 2))
+    mass = torch.cat(mass, 1)
+    if final:
+        return mass, None
+    base = torch.cat(tops, 1)[..., 0] if offset is None else offset
+    return mass, (base + torch.cat(totals, 1)[..., 0].log()).clamp_min_(limits.min)
 
 
 def select(mass: Tensor, keys: range, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -125,18 +165,27 @@ def kept(density: float, blocks: int) -> int:
     return min(max(round(density * blocks), 1), blocks)
 
 
-def _chunk(device: torch.device, heads: int, size: int, keys: int) -> tuple[int, int, int]:
-    """Heads and query blocks whose scores are held at once, and query blocks whose sums over key blocks are."""
-    block = size * keys
-    limit = CHUNK.get(device.type, CHUNK["cpu"])
-    some_heads = min(max(limit // block, 1), heads)
-    some_blocks = max(limit // (some_heads * block), 1)
-    strip = max(limit // (some_heads * size * -(-keys // size)), 1)
-    return some_heads, some_blocks, -(-strip // some_blocks) * some_blocks
+@dataclass(frozen=True)
+class Turns:
+    """How much is held at once: scores of ``heads`` x ``blocks`` query blocks, sums over queries of ``strip`` ones."""
+
+    heads: int
+    blocks: int
+    strip: int
+
+    @classmethod
+    def of(cls, device: torch.device, heads: int, rows: int, size: int, keys: int) -> Turns:
+        """For ``rows`` query blocks of ``size`` and ``keys`` keys."""
+        block = size * keys
+        limit = CHUNK.get(device.type, CHUNK["cpu"])
+        heads = -(-heads // -(-heads // max(limit // block, 1)))
+        blocks = min(max(limit // (heads * block), 1), rows)
+        return cls(heads, blocks, -(-max(limit // (heads * keys), 1) // blocks) * blocks)
 
 
-def _sums(x: Tensor, size: int) -> Tensor:
-    """Sums over runs of ``size`` along the last dimension; the last run may be short."""
-    whole = x.shape[-1] // size * size
-    sums = x[..., :whole].unflatten(-1, (whole // size, size)).sum(-1)
-    return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], -1)
+def _sums(x: Tensor, size: int, dim: int) -> Tensor:
+    """Sums over runs of ``size`` along dimension ``dim``; the last run may be short."""
+    whole = x.shape[dim] // size * size
+    sums = x.narrow(dim, 0, whole).unflatten(dim, (whole // size, size)).sum(dim + 1)
+    rest = x.narrow(dim, whole, x.shape[dim] - whole)
+    return torch.cat([sums, rest.sum(dim, keepdim=True)], dim) if rest.numel() else sums

@@ -17,7 +17,7 @@ from torch import Tensor
 SAMPLED = 4
 
 # Logits held at once, in elements; on CPUs what a core's second level cache holds, since they are read three times.
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 # What the energy of a block may exceed a bound by and still count as within.
 TOLERANCE = 1e-6

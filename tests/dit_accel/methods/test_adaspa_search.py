@@ -66,6 +66,26 @@ def test_dead_keys_hold_no_mass_and_a_sample_of_dead_keys_none_at_all():
     torch.testing.assert_close(mass[1].sum((-1, -2)), torch.full((4,), 90.0, dtype=torch.float64))
 
 
+def test_what_dead_keys_hold_is_never_read():
+    q, k = tensors()
+    valid, gone = torch.tensor([41, 77], dtype=torch.int32), k.clone()
+    for b, first in enumerate(valid.tolist()):
+        gone[b, :, first:] = torch.nan
+    for lse in (None, block_mass(q, k, 16, scale=SCALE)[1]):
+        found, _ = block_mass(q, gone, 16, scale=SCALE, lse=lse, kv_valid=valid)
+        torch.testing.assert_close(found, block_mass(q, k, 16, scale=SCALE, lse=lse, kv_valid=valid)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_vectors_that_hardly_meet(dtype):
+    q, k = tensors(dtype=torch.float64)
+    q[..., 0], k[..., 0], k[..., 1], q[..., 1] = 3e2, 0, 3e2, 0
+    bound = q.norm(dim=-1) * k.norm(dim=-1).amax() * SCALE
+    mass, lse = block_mass(q.to(dtype), k.to(dtype), 16, scale=SCALE)
+    assert (bound - lse).min() > 1e3  # exp of that is 0
+    torch.testing.assert_close(mass.double(), brute_mass(q, k, 16), rtol=1e-4, atol=1e-6)
+
+
 def test_the_lse_of_another_step_is_taken_as_it_is():
     q, k = tensors()
     _, old = block_mass(*tensors(seed=1), 16, scale=SCALE)
