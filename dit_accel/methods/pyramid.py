@@ -7,6 +7,7 @@ one softmax. A mean that stands for n keys carries ``+log n``, so that levels we
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -110,20 +111,16 @@ class Pyramid(Method):
             return Plan(full=BlockList.from_mask(everything, keys.blocks.count), **lists)
 
         live = keys.live(call.kv_valid)
-        table = self._assign(q, k, queries, keys, live, call)
-        beside_q, beside_k = queries.blocks.count - queries.count, keys.blocks.count - keys.count
-        # On a GPU the largest count is not worth waiting for.
-        on_cpu = q.device.type == "cpu"
-        exact = pad(table == 1, (0, beside_k, 0, beside_q), value=True)
-        full = BlockList.from_mask(exact, None if on_cpu else keys.blocks.count)
         pooled = [level for level in self._reachable if level > 1]
+        which, table = self._assign(q, k, queries, keys, live, call)
+        beside = queries.blocks.count - queries.count, keys.blocks.count - keys.count
+        full, *seen = self._lists(which, table, pooled, beside)
         runs = self._runs(keys, live, pooled, call)
         means = (pyramid_means(x, keys.tokens, live, pooled, runs) for x in (k, v))
         reps = []
-        for level, key, value, count in zip(pooled, *means, runs.counts, strict=True):
-            seen = BlockList.from_mask(pad(table == level, (0, 0, 0, beside_q)), None if on_cpu else keys.count)
+        for level, key, value, count, rows in zip(pooled, *means, runs.counts, seen, strict=True):
             bounds = (torch.arange(key.shape[2] + 1) * level).clamp_max(keys.main)
-            reps.append(Group(key.to(q.dtype), value.to(q.dtype), count, seen, bounds, self.block_k // level))
+            reps.append(Group(key.to(q.dtype), value.to(q.dtype), count, rows, bounds, self.block_k // level))
         return Plan(full=full, reps=tuple(reps), **lists)
 
     def with_density(self, density: float, layout: Layout) -> tuple[Pyramid, float]:
@@ -171,8 +168,12 @@ class Pyramid(Method):
         counts[0] += ends[-1] == 0
         return sum(count / level for count, level in zip(counts, self.levels, strict=True)) / blocks
 
-    def _assign(self, q: Tensor, k: Tensor, queries: _Tokens, keys: _Tokens, live: Tensor, call: Call) -> Tensor:
-        """uint8 (B, H, query blocks, key blocks): the level at which each main block is seen, 0 for not at all."""
+    def _assign(
+        self, q: Tensor, k: Tensor, queries: _Tokens, keys: _Tokens, live: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """Main key blocks by falling importance, int64 (B, H, query blocks, key blocks), and the level at which each is
+        seen, uint8 alike, 0 for not at all; None where its rank alone decides that (:meth:`_ranks`).
+        """
         source = generator(self.seed, call.layer, call.step.index)
         places = [sample_places(size, source).to(q.device) for size in (self.block_q, self.block_k)]
         dead = None if call.kv_valid is None else ~live.any(-1)
@@ -185,8 +186,11 @@ class Pyramid(Method):
             score = score.masked_fill(dead[:, None, None], -1)
         ranked, which = score.sort(dim=-1, descending=True, stable=True)
         if self.mode == "topk":
+            if self.similarity is None and dead is None:
+                return which, None
             key = "pyramid quotas", keys.count, self.levels, self.bounds, tuple(self._steps), q.device
-            by_rank = call.state.plan(key, lambda: self._quotas(keys.count, q.device))
+            ends = quota_ends(keys.count, self.bounds, self._steps)
+            by_rank = call.state.plan(key, lambda: ranked_levels(keys.count, self.levels, ends, q.device))
         else:
             first = self.levels[0] == 1 and self._steps[0] == 1
             least = int(self.min_level1 * keys.count) + 1 if first else 0
@@ -196,7 +200,32 @@ class Pyramid(Method):
         table = torch.empty_like(by_rank, memory_format=torch.contiguous_format).scatter_(-1, which, by_rank)
         if self.similarity is not None:
             table = torch.minimum(table, self._caps(k, keys, live, q.shape[1]))
-        return table if dead is None else table.masked_fill(dead[:, None, None], 0)
+        return which, table if dead is None else table.masked_fill(dead[:, None, None], 0)
+
+    def _lists(
+        self, which: Tensor, table: Tensor | None, pooled: list[int], beside: tuple[int, int]
+    ) -> list[BlockList]:
+        """The blocks seen exactly and those seen at each level of ``pooled``, from what :meth:`_assign` returns.
+
+        ``beside``: how many blocks of other tokens there are behind the main ones, of queries and of keys.
+        """
+        blocks, on_cpu = which.shape[-1], which.device.type == "cpu"
+        if table is None:
+            exact = torch.zeros_like(which, dtype=torch.bool).scatter_(-1, which[..., self._ranks(blocks, 1)], True)
+        else:
+            exact = table == 1
+        exact = pad(exact, (0, beside[1], 0, beside[0]), value=True)
+        # On a GPU the largest count is not worth waiting for.
+        lists = [BlockList.from_mask(exact, None if on_cpu else exact.shape[-1])]
+        for level in pooled:
+            if table is not None:
+                mask = pad(table == level, (0, 0, 0, beside[0]))
+                lists.append(BlockList.from_mask(mask, None if on_cpu else blocks))
+                continue
+            index = pad(which[..., self._ranks(blocks, level)].sort(-1).values.int(), (0, 0, 0, beside[0]))
+            count = torch.full(which.shape[:-1], index.shape[-1], dtype=torch.int32, device=which.device)
+            lists.append(BlockList(pad(count, (0, beside[0])), index))
+        return lists
 
     def _caps(self, k: Tensor, keys: _Tokens, live: Tensor, heads: int) -> Tensor:
         """uint8 (B, H, 1, key blocks): the coarsest level at which each block may be seen."""
@@ -206,9 +235,14 @@ class Pyramid(Method):
             cap = torch.where(alike[..., number] > least, level, cap)
         return cap.repeat_interleave(heads // k.shape[1], 1)[:, :, None]
 
-    def _quotas(self, blocks: int, device: torch.device) -> Tensor:
-        """uint8 (blocks,): the level of the block of each rank."""
-        return ranked_levels(blocks, self.levels, quota_ends(blocks, self.bounds, self._steps), device)
+    def _ranks(self, blocks: int, level: int) -> slice:
+        """The ranks that get ``level`` where quotas decide, as in ``ranked_levels``."""
+        ends = dict(
+            zip(self.levels, itertools.pairwise((0, *quota_ends(blocks, self.bounds, self._steps))), strict=True)
+        )
+        first, stop = ends.get(level, (0, 0))
+        nothing = ends[self.levels[-1]][1] == 0
+        return slice(first, 1 if nothing and level == self.levels[0] else stop)
 
     def _runs(self, keys: _Tokens, live: Tensor, levels: list[int], call: Call) -> Runs:
         """The runs that ``levels`` average; without padding they follow from the layout."""

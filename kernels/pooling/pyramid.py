@@ -23,11 +23,12 @@ CHUNK = 1 << 22
 class Runs:
     """What of a pyramid does not depend on the tensors it averages. ``counts``: as :func:`pyramid_counts`.
 
-    ``tokens`` and ``starts``: the runs of the finest level as ``segments.segment_sums`` takes them, on CPUs alone:
-    elsewhere their number would have to be waited for.
+    ``divisors``: those, float32 (B or 1, 1, R, 1) and at least 1. ``tokens`` and ``starts``: the runs of the finest
+    level as ``segments.segment_sums`` takes them, on CPUs alone: elsewhere their number would have to be waited for.
     """
 
     counts: list[Tensor]
+    divisors: list[Tensor]
     tokens: list[Tensor]
     starts: list[Tensor]
 
@@ -38,7 +39,8 @@ class Runs:
         if levels and tokens.device.type == "cpu":
             starts = torch.arange(0, tokens.numel(), levels[0])
             found = live_segments(tokens.flatten(), starts, live.flatten(1))
-        return cls(pyramid_counts(live, levels), *found)
+        counts = pyramid_counts(live, levels)
+        return cls(counts, [count.clamp_min(1)[..., None].float() for count in counts], *found)
 
 
 def pyramid_means(
@@ -69,11 +71,11 @@ def _summed(x: Tensor, levels: Sequence[int], runs: Runs) -> list[Tensor]:
     """The finest level as segments of live tokens, the others from it."""
     sums, done = segment_sums(x, runs.tokens, runs.starts), levels[0]
     means = []
-    for level, count in zip(levels, runs.counts, strict=True):
+    for level, divisor in zip(levels, runs.divisors, strict=True):
         if level > done:
             # A reduction over so few costs several times what adding them does.
             sums, done = functools.reduce(torch.add, sums.unflatten(2, (-1, level // done)).unbind(3)), level
-        means.append(sums / count[..., None].clamp_min(1))
+        means.append(sums / divisor)
     return means
 
 
