@@ -2,7 +2,8 @@
 
 One layer lives through the steps of a run on random q, k and v, dense steps included, as a pipeline would call it: what
 a method searches for once, it searches for once. Attention is everything between q, k, v and the output, planning,
-lowering and dense calls included. The default shape is the bundled model's, one guidance branch.
+lowering and dense calls included. A run that is dense throughout follows each: planning is also given as a share of
+that, the time that a method is there to shorten. The default shape is the bundled model's, one guidance branch.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Shape:
 
 
 def measure(name: str, shape: Shape, repeats: int = 7) -> dict[str, Any]:
-    """Seconds of planning and attention in a run of ``METHOD@DENSITY``, and the share of the one in the other: medians
-    of ``repeats`` runs after one that warms up, the share with its least and most.
+    """Seconds of planning and attention in a run of ``METHOD@DENSITY`` and of attention in a dense one, and planning's
+    share in either: medians of ``repeats`` runs of both in turn after one that warms up, shares with least and most.
 
     Raises ``UsageError`` for a name that is not understood.
     """
@@ -59,24 +60,30 @@ def measure(name: str, shape: Shape, repeats: int = 7) -> dict[str, Any]:
     # Heads side by side in memory, as projections leave them.
     size = (1, layout.tokens, shape.heads, shape.dim)
     q, k, v = (torch.randn(size, generator=g).transpose(1, 2) for _ in range(3))
-    runs = [_run(processor, q, k, v, layout, shape.steps) for _ in range(repeats + 1)][1:]
-    shares = [run["planning"] / run["attention"] for run in runs]
+    runs = []
+    for _ in range(repeats + 1):
+        run = _run(processor, q, k, v, layout, shape.steps)
+        runs.append(run | {"dense": _run(None, q, k, v, layout, shape.steps)["attention"]})
+    runs = runs[1:]
+    shares, of_dense = ([run["planning"] / run[whole] for run in runs] for whole in ("attention", "dense"))
     return {
         "method": name, "density": density, "dense_steps": len(processor.dense_steps(shape.steps)), "runs": repeats,
         "planning": median(run["planning"] for run in runs), "attention": median(run["attention"] for run in runs),
+        "dense": median(run["dense"] for run in runs),
         "share": median(shares), "share_range": [min(shares), max(shares)],
+        "of_dense": median(of_dense), "of_dense_range": [min(of_dense), max(of_dense)],
     }  # fmt: skip
 
 
-def _run(processor: Processor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, steps: int) -> dict[str, float]:
+def _run(processor: Processor | None, q: Tensor, k: Tensor, v: Tensor, layout: Layout, steps: int) -> dict[str, float]:
     state, planning = State(), 0.0
     started = time.perf_counter()
     for index in range(steps):
         step = Step(index=index, total=steps)
-        made, method = None, processor.method
-        if not processor.schedule.is_dense(step, 0):
+        made = None
+        if processor is not None and not processor.schedule.is_dense(step, 0):
             before = time.perf_counter()
-            made = plan(q, k, v, method, layout=layout, step=step, state=state)
+            made = plan(q, k, v, processor.method, layout=layout, step=step, state=state)
             planning += time.perf_counter() - before
         attend(q, k, v, plan=made, layout=layout, step=step)
     return {"planning": planning, "attention": time.perf_counter() - started}
@@ -100,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         rows.append(row := measure(name, shape))
         if not args.json:
-            spent = f"planning {row['planning']:6.3f} s of {row['attention']:6.3f} s"
-            low, high = row["share_range"]
-            print(f"{name:<16} {spent}: {row['share']:.1%} ({low:.1%} to {high:.1%})", flush=True)
+            print(f"{name:<16} planning {row['planning']:6.3f} s" + "".join(
+                f", of {row[whole]:6.3f} s {what} {row[share]:.1%} ({row[f'{share}_range'][0]:.1%} to "
+                f"{row[f'{share}_range'][1]:.1%})"
+                for whole, what, share in (("attention", "attention", "share"), ("dense", "dense", "of_dense"))
+            ), flush=True)  # fmt: skip
     if args.json:
         shown = {"grid": list(shape.grid), "heads": shape.heads, "dim": shape.dim, "steps": shape.steps}
         print(json.dumps({"schema": 1, **shown, "rows": rows, "environment": environment()}, indent=1))

@@ -16,8 +16,8 @@ from torch import Tensor
 # One token of so many stands for its block.
 SAMPLED = 4
 
-# Logits held at once, in elements; on CPUs what a core's second level cache holds, since they are read three times.
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Logits held at once, in elements.
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 # What the energy of a block may exceed a bound by and still count as within.
 TOLERANCE = 1e-6

@@ -15,8 +15,8 @@ from . import flash_rows
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# (first query, query past the last, keys): one call of the dense kernel.
-Run = tuple[int, int, Tensor]
+# (first query, query past the last, key tiles ascending, how many keys they hold): one call of the dense kernel.
+Run = tuple[int, int, Tensor, int]
 
 
 def refuses(q: Tensor, plan: TilePlan) -> str | None:
@@ -49,18 +49,22 @@ def attention(
         return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)
-    groups, dim = q.shape[1] // k.shape[1], k.shape[3]
-    # One tensor, so that one gather serves keys and values.
-    both = torch.cat([k, v], -1)
-    both = both.repeat_interleave(groups, 1) if groups > 1 else both
+    (batch, heads), dim, width = q.shape[:2], k.shape[3], 2 * k.shape[3]
+    source = flash_rows.beside(k, v, plan, dim).view(-1, plan.tile_k * width)
+    owner = torch.arange(batch * k.shape[1]).view(batch, -1, 1).repeat_interleave(heads // k.shape[1], 1) * plan.tiles_k
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for start, stop, keys in plan._memo["runs"]:
-        if not len(keys):
+    buffer = source.new_empty(0)
+    for start, stop, tiles, keys in plan._memo["runs"]:
+        if not keys:
             out[:, :, start:stop], lse[:, :, start:stop] = 0, -torch.inf
             continue
-        seen = both.index_select(2, keys)
-        out[:, :, start:stop], lse[:, :, start:stop] = _flash(q[:, :, start:stop], seen, dim, scale)
+        some = max(1, flash_rows.STRIPS // (batch * keys * width))
+        for first in range(0, heads, some):
+            part = slice(None), slice(first, first + some), slice(start, stop)
+            strip, buffer = flash_rows.gathered(source, owner[:, part[1]] + tiles, buffer)
+            seen = strip.view(batch, -1, len(tiles) * plan.tile_k, width)[:, :, :keys]
+            out[part], lse[part] = _flash(q[part], seen, dim, scale)
     return out, lse
 
 
@@ -72,13 +76,14 @@ def _runs(plan: TilePlan) -> list[Run]:
     """Consecutive query tiles with equal lists as one run each."""
     count, index = plan.full.count[0, 0].tolist(), plan.full.index[0, 0]
     lists = [sorted(index[tile, :n].tolist()) for tile, n in enumerate(count)]
-    inside = torch.arange(plan.tile_k)
     runs: list[Run] = []
     first = 0
     for tile in range(1, plan.tiles_q + 1):
         if tile < plan.tiles_q and lists[tile] == lists[first]:
             continue
-        keys = (torch.tensor(lists[first], dtype=torch.int64)[:, None] * plan.tile_k + inside).flatten()
-        runs.append((first * plan.tile_q, min(tile * plan.tile_q, plan.n_q), keys[keys < plan.n_k]))
+        # Only the last tile may hold fewer than the others, and lists are ascending.
+        keys = sum(min(plan.tile_k, plan.n_k - key * plan.tile_k) for key in lists[first])
+        tiles = torch.tensor(lists[first], dtype=torch.int64)
+        runs.append((first * plan.tile_q, min(tile * plan.tile_q, plan.n_q), tiles, keys))
         first = tile
     return runs

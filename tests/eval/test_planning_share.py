@@ -20,6 +20,7 @@ def test_planning_is_part_of_attention_and_dense_steps_plan_nothing(monkeypatch)
     assert planned == [2, 3, 4] * 2, "a warm-up and one run"
     assert 0 < row["planning"] < row["attention"]
     assert row["share"] == row["planning"] / row["attention"]
+    assert row["of_dense"] == row["planning"] / row["dense"]
 
 
 def test_json_names_shape_and_machine(capsys):
