@@ -66,7 +66,7 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
         hidden = None if dead is None else dead[min(i, len(dead) - 1)]
         for first in range(0, h, some_heads):
             heads = torch.arange(first, min(first + some_heads, h), device=q.device)
-            wide = keys.index_select(0, heads // groups)
+            wide = keys[first : first + some_heads] if groups == 1 else keys.index_select(0, heads // groups)
             for row in range(0, m, some_rows):
                 which = rows[0, row : row + some_rows]
                 queries = _gathered(q[i, first : first + some_heads], which).to(dtype)
@@ -75,7 +75,8 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
                 if hidden is not None:
                     best = best.masked_fill(hidden[:, None], -torch.inf)
                 top = best.amax(1, keepdim=True).clamp_min(torch.finfo(dtype).min)
-                best = best.sub_(top).exp_().unflatten(-1, (-1, per_row)).amax(-1)
+                # The largest exp is that of the largest.
+                best = best.sub_(top).unflatten(-1, (-1, per_row)).amax(-1).exp_()
                 out[i, first : first + some_heads, row : row + some_rows] = best.mT
     return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
 

@@ -74,19 +74,24 @@ def attention(
 
 
 def beside(k: Tensor, v: Tensor, plan: TilePlan, width: int) -> Tensor:
-    """(B, Hs, S, 2 width): keys beside values, exact ones up to whole tiles, then every group's representatives."""
-    hole = plan.tiles_k * plan.tile_k - plan.n_k
-    if hole:
-        k, v = (pad(x, (0, 0, 0, hole)) for x in (k, v))
-    parts = [(k, v), *((group.key, group.value) for group in plan.reps)]
-    most = max(key.shape[1] for key, _ in parts)
-    strips = []
-    for number, (key, value) in enumerate(parts):
+    """(B, Hs, S, 2 width): keys beside values, exact ones up to whole tiles, then every group's representatives.
+
+    Zero where there is none. With a first-order term, column ``width + Dv`` is 1 for representatives.
+    """
+    parts = [(k, v, plan.tiles_k * plan.tile_k), *((group.key, group.value, group.size) for group in plan.reps)]
+    heads, dims = max(key.shape[1] for key, _, _ in parts), (k.shape[-1], v.shape[-1])
+    whole = dims == (width, width) and plan.n_k % plan.tile_k == 0
+    shape = k.shape[0], heads, sum(room for _, _, room in parts), 2 * width
+    source = k.new_empty(shape) if whole else k.new_zeros(shape)
+    at = 0
+    for number, (key, value, room) in enumerate(parts):
+        rows = source[:, :, at : at + key.shape[2]].unflatten(1, (key.shape[1], -1))
+        rows[..., : dims[0]] = key[:, :, None]
+        rows[..., width : width + dims[1]] = value[:, :, None]
         if plan.first_order is not None:
-            value = pad(value, (0, 1), value=float(number > 0))
-        strip = torch.cat([pad(x, (0, width - x.shape[-1])) for x in (key, value)], -1)
-        strips.append(strip if strip.shape[1] == most else strip.repeat_interleave(most // strip.shape[1], 1))
-    return strips[0] if len(strips) == 1 else torch.cat(strips, 2)
+            rows[..., width + dims[1]] = float(number > 0)
+        at += room
+    return source
 
 
 def gathered(source: Tensor, runs: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def forward(
         k_stride = k_strides[2] * UNIT
         v_stride = v_strides[2] * UNIT
 
-        index, count = _listed(full, b, h, tile, start < n_q)
+        index, count = listed(full, b, h, tile, start < n_q)
         steps: tl.constexpr = (TILE_K + FULL - 1) // FULL
         following = tl.load(index)
         for i in range(count * steps):
@@ -102,7 +102,7 @@ def forward(
                 valid, n_k, scale, FULL, D, DV, WIDTHS, BOUNDED, False, False, IN_ORDER, EMULATED,
             )  # fmt: skip
         if partial is not None:
-            index, count = _listed(partial, b, h, tile, start < n_q)
+            index, count = listed(partial, b, h, tile, start < n_q)
             steps_partial: tl.constexpr = (TILE_K + PARTIAL - 1) // PARTIAL
             following = tl.load(index)
             for i in range(count * steps_partial):
@@ -119,7 +119,7 @@ def forward(
         if reps is not None:
             for g in tl.static_range(len(reps)):
                 part = reps[g]
-                index, count = _listed(part, b, h, tile, start < n_q)
+                index, count = listed(part, b, h, tile, start < n_q)
                 count = count * REPS[g]
                 head = h // part[7]
                 for i in range(tl.cdiv(count, REP_BLOCK)):
@@ -131,20 +131,11 @@ def forward(
                     )  # fmt: skip
         if first_order is not None:
             matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
-            # acc, total and mass share one running maximum, so the term joins before the division. A few columns of
-            # the queries at a time: a second accumulator would spill.
+            # acc, total and mass share one running maximum, so the term joins before the division.
             share = (mass * (scale * 0.6931471805599453))[:, None]
-            for line in range(0, D, 32):
-                column = line + tl.arange(0, 32)
-                slice_q = tl.load(
-                    queries_at + token[:, None] * (q_strides[2] * UNIT) + column[None, :],
-                    mask=live[:, None] & (column < D)[None, :], other=0.0,
-                )  # fmt: skip
-                slice_q = slice_q.to(tl.float32) * share
-                acc = tl.dot(slice_q, load_block(matrix, line, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
-                if WIDTHS[3]:
-                    block = load_block(matrix, line, 32, WIDTHS[3], WIDTHS[2], D, DV)
-                    acc_tail = tl.dot(slice_q, block, acc_tail, input_precision="tf32x3")
+            acc, acc_tail = add_first_order(
+                acc, acc_tail, queries_at, token, q_strides[2] * UNIT, live, share, matrix, D, DV, WIDTHS
+            )
 
         empty = total == 0
         total = tl.where(empty, 1.0, total)
@@ -152,11 +143,7 @@ def forward(
         if WIDTHS[3]:
             acc_tail = acc_tail / total[:, None]
         if row_factors is not None:
-            factor = tl.load(row_factors[0] + row)
-            add = row_factors[1] + row.to(tl.int64) * DV
-            acc = acc * factor + load_columns(add, WIDTHS[2], 0, DV)[None, :]
-            if WIDTHS[3]:
-                acc_tail = acc_tail * factor + load_columns(add, WIDTHS[3], WIDTHS[2], DV)[None, :]
+            acc, acc_tail = apply_row_factors(acc, acc_tail, row_factors, row.to(tl.int64), DV, WIDTHS)
         out_at = out + (b * out_strides[0] + h * out_strides[1]) * UNIT
         store_rows(out_at, token, out_strides[2] * UNIT, live, acc, WIDTHS[2], 0, DV)
         if WIDTHS[3]:
@@ -167,7 +154,7 @@ def forward(
 
 
 @triton.jit
-def _listed(part, b, h, tile, some):
+def listed(part, b, h, tile, some):
     """Where the entries of a query tile begin, and how many there are; none unless ``some``."""
     count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2])
     index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
@@ -279,6 +266,35 @@ def visit_representatives(
     else:
         acc_tail = acc
     return acc, acc_tail, top_new, total, mass
+
+
+@triton.jit
+def add_first_order(
+    acc, acc_tail, queries, token, stride, live, share, matrix, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """acc plus (queries x share) @ matrix. A few columns of the queries at a time: a second accumulator would spill."""
+    for line in range(0, D, 32):
+        column = line + tl.arange(0, 32)
+        part = tl.load(
+            queries + token[:, None] * stride + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0
+        )
+        part = part.to(tl.float32) * share
+        acc = tl.dot(part, load_block(matrix, line, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
+        if WIDTHS[3]:
+            block = load_block(matrix, line, 32, WIDTHS[3], WIDTHS[2], D, DV)
+            acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
+    return acc, acc_tail
+
+
+@triton.jit
+def apply_row_factors(acc, acc_tail, row_factors, row, DV: tl.constexpr, WIDTHS: tl.constexpr):
+    """acc times the scale of a query tile plus what is added to each of its rows. ``row``: int64, the tile's number."""
+    factor = tl.load(row_factors[0] + row)
+    add = row_factors[1] + row * DV
+    acc = acc * factor + load_columns(add, WIDTHS[2], 0, DV)[None, :]
+    if WIDTHS[3]:
+        acc_tail = acc_tail * factor + load_columns(add, WIDTHS[3], WIDTHS[2], DV)[None, :]
+    return acc, acc_tail
 
 
 @triton.jit

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from ..block_sparse.triton_kernel import (
-    load_block,
+    add_first_order,
+    apply_row_factors,
+    listed,
     load_columns,
     load_rows,
     pairs_visible,
@@ -82,8 +84,7 @@ def forward(
     top = tl.full((BLOCK_Q,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
 
-    count = tl.load(full[0] + b * full[2][0] + h * full[2][1] + tile * full[2][2])
-    index = full[1] + b * full[3][0] + h * full[3][1] + tile.to(tl.int64) * full[3][2]
+    index, count = listed(full, b, h, tile, True)
     steps: tl.constexpr = (TILE_K + FULL - 1) // FULL
     for i in range(count * steps):
         first = tl.load(index + i // steps) * TILE_K
@@ -94,8 +95,7 @@ def forward(
             FULL, D, DV, WIDTHS, SMOOTH, PV, UNIT, LIMIT, NARROW, BOUNDED, False, False, EMULATED,
         )  # fmt: skip
     if partial is not None:
-        count = tl.load(partial[0] + b * partial[2][0] + h * partial[2][1] + tile * partial[2][2])
-        index = partial[1] + b * partial[3][0] + h * partial[3][1] + tile.to(tl.int64) * partial[3][2]
+        index, count = listed(partial, b, h, tile, True)
         steps_partial: tl.constexpr = (TILE_K + PARTIAL - 1) // PARTIAL
         for i in range(count * steps_partial):
             first = tl.load(index + i // steps_partial) * TILE_K
@@ -120,8 +120,8 @@ def forward(
             query_tail = load_rows(base, token, raw[1][2], live, WIDTHS[1], WIDTHS[0], D, True, EMULATED)
         for g in tl.static_range(len(reps)):
             part = reps[g]
-            count = tl.load(part[0] + b * part[2][0] + h * part[2][1] + tile * part[2][2]) * REPS[g]
-            index = part[1] + b * part[3][0] + h * part[3][1] + tile.to(tl.int64) * part[3][2]
+            index, count = listed(part, b, h, tile, True)
+            count = count * REPS[g]
             head = h // part[7]
             for i in range(tl.cdiv(count, REP_BLOCK)):
                 acc, acc_tail, top, total, mass = visit_representatives(
@@ -144,22 +144,10 @@ def forward(
         matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
         share = (mass / total * (scale * 0.6931471805599453))[:, None]
         base = raw[0] + b * raw[1][0] + h * raw[1][1]
-        # A few columns of the queries at a time: a second accumulator would spill.
-        for row in range(0, D, 32):
-            column = row + tl.arange(0, 32)
-            mask = live[:, None] & (column < D)[None, :]
-            part = tl.load(base + token[:, None] * raw[1][2] + column[None, :], mask=mask, other=0.0)
-            part = part.to(tl.float32) * share
-            acc = tl.dot(part, load_block(matrix, row, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
-            if WIDTHS[3]:
-                block = load_block(matrix, row, 32, WIDTHS[3], WIDTHS[2], D, DV)
-                acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
+        acc, acc_tail = add_first_order(acc, acc_tail, base, token, raw[1][2], live, share, matrix, D, DV, WIDTHS)
     if row_factors is not None:
         row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
-        factor = tl.load(row_factors[0] + row)
-        acc = acc * factor + load_columns(row_factors[1] + row * DV, WIDTHS[2], 0, DV)[None, :]
-        if WIDTHS[3]:
-            acc_tail = acc_tail * factor + load_columns(row_factors[1] + row * DV, WIDTHS[3], WIDTHS[2], DV)[None, :]
+        acc, acc_tail = apply_row_factors(acc, acc_tail, row_factors, row, DV, WIDTHS)
     out += b * out_strides[0] + h * out_strides[1]
     store_rows(out, token, out_strides[2], live, acc, WIDTHS[2], 0, DV)
     if WIDTHS[3]:
