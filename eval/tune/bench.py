@@ -107,15 +107,16 @@ def starved(row: dict[str, Any], cores: float) -> bool:
 
 def trial(rows: Sequence[dict[str, Any]], index: int) -> Trial:
     """What row ``index`` says, its loop set against the dense loops of its session and of as many steps that are
-    nearest before and after; starved ones are passed over."""
+    nearest before and after; starved ones are passed over unless there are no others."""
     row, cores = rows[index], most_cores(rows)
     kind = DENSE, row["session"], row.get("steps")
-    near = []
-    for side in (reversed(rows[:index]), rows[index + 1 :]):
-        alike = (r for r in side if (r["setting"], r["session"], r.get("steps")) == kind)
-        dense = next((r for r in alike if not starved(r, cores)), None)
-        if dense is not None:
-            near.append(dense["seconds"]["loop"])
+    near: list[float] = []
+    for least in (STARVED * cores, 0.0):
+        for side in (reversed(rows[:index]), rows[index + 1 :]):
+            alike = (r for r in side if (r["setting"], r["session"], r.get("steps")) == kind)
+            near += [r["seconds"]["loop"] for r in alike if (r.get("cores") or cores) >= least][:1]
+        if near:
+            break
     emulated = set(row["tiers"] or {}) & {*EMULATED, "quant-reference"}
     speed = None if emulated or not near else float(np.mean(near)) / row["seconds"]["loop"]
     return Trial(row["psnr"], speed)

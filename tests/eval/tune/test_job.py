@@ -122,6 +122,8 @@ def test_speed_is_against_dense_runs_of_the_same_length_and_session():
     rows[1]["cores"] = 1.0
     assert bench.trial(rows, 2).speed == pytest.approx(4.0)
     assert [bench.starved(r, bench.most_cores(rows)) for r in rows[:3]] == [False, True, False]
+    rows[3]["cores"] = 1.0  # none is left that had its cores, and a doubtful speed is better than none
+    assert bench.trial(rows, 2).speed == pytest.approx(3.0)
     rows[2]["tiers"] = {"reference": 4}
     assert bench.trial(rows, 2).speed is None
 
