@@ -111,10 +111,10 @@ def trial(rows: Sequence[dict[str, Any]], index: int) -> Trial:
     row, cores = rows[index], most_cores(rows)
     kind = DENSE, row["session"], row.get("steps")
     near: list[float] = []
-    for least in (STARVED * cores, 0.0):
+    for useful in (lambda r: not starved(r, cores), lambda r: True):
         for side in (reversed(rows[:index]), rows[index + 1 :]):
             alike = (r for r in side if (r["setting"], r["session"], r.get("steps")) == kind)
-            near += [r["seconds"]["loop"] for r in alike if (r.get("cores") or cores) >= least][:1]
+            near += [r["seconds"]["loop"] for r in alike if useful(r)][:1]
         if near:
             break
     emulated = set(row["tiers"] or {}) & {*EMULATED, "quant-reference"}

@@ -76,6 +76,18 @@ def test_what_dead_keys_hold_is_never_read():
         torch.testing.assert_close(found, block_mass(q, k, 16, scale=SCALE, lse=lse, kv_valid=valid)[0])
 
 
+def test_the_largest_score_is_looked_for_only_where_the_bound_is_far(monkeypatch):
+    offsets, stock = [], adaspa_search._mass
+    monkeypatch.setattr(adaspa_search, "_mass", lambda *a: offsets.append(a[3] is None) or stock(*a))
+    q, k = tensors()
+    block_mass(q, k, 16, scale=SCALE)
+    assert offsets
+    assert not any(offsets)
+    q[..., 0], k[..., 0], k[..., 1], q[..., 1] = 3e2, 0, 3e2, 0
+    block_mass(q, k, 16, scale=SCALE)
+    assert offsets[-1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_long_vectors_that_hardly_meet(dtype):
     q, k = tensors(dtype=torch.float64)

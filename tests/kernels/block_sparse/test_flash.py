@@ -146,6 +146,24 @@ def test_whole_tiles_of_queries_with_tokens_before_heads():
     torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, 64, 64), 0.3)[0])
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rows_of_one_length_take_whole_tiles_and_no_bias(ragged, monkeypatch):
+    n = 61 if ragged else 64
+    mask = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    for h in range(4):
+        for tile in range(4):
+            mask[0, h, tile, : 1 + tile] = True
+    plan = TilePlan(16, 16, n, n, BlockList.from_mask(mask))
+    copied, biased, stock, bias = [], [], flash_rows.gathered, flash_rows._Strips._bias
+    monkeypatch.setattr(flash_rows, "gathered", lambda s, *rest: copied.append(s.shape[-1]) or stock(s, *rest))
+    monkeypatch.setattr(flash_rows._Strips, "_bias", lambda *a: biased.append(1) or bias(*a))
+    q, k, v = tensors(n, n)
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.2, backend="flash")
+    torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, n, n), 0.2)[0])
+    assert set(copied) == {16 * (k.shape[-1] + v.shape[-1])}
+    assert bool(biased) == ragged
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("heads", [1, 4], ids=["shared", "by head"])
 def test_whole_tiles_come_here_before_they_are_compiled(heads, kept, monkeypatch):
