@@ -2,7 +2,7 @@
 
 The mass of block (p, q) is the sum of its softmax weights exp(q.k scale - LSE). With a row's LSE at hand one pass over
 its scores gives them; without, the LSE is taken from the same scores first. Scores exist for a few rows and heads at a
-time, never N x N.
+time, never N x N; on NVIDIA GPUs in registers alone (``kernels.scores``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.select.api import on_gpu
 from ..layout import Layout
 
 RECALL = 0.8  # of the mass; heads above it can do with fewer blocks (3.3)
@@ -58,6 +59,11 @@ def block_mass(
     used = torch.empty((batch, heads, rows), dtype=dtype, device=q.device) if lse is None else lse
     if not rows:
         return mass, used
+    if on_gpu(q.device):
+        from ..kernels.scores import triton
+
+        if triton.serves(q, size):
+            return triton.block_mass(q, k, size, scale=scale, lse=lse, kv_valid=kv_valid)
     turns = Turns.of(q.device, heads, mass.shape[2], size, keys)
     for b in range(batch):
         dead = None if kv_valid is None else torch.arange(keys, device=q.device) >= kv_valid[b].to(q.device)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.select.api import on_gpu
+
 # One token of so many stands for its block.
 SAMPLED = 4
 
@@ -58,6 +60,15 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
     (b, h), groups = q.shape[:2], q.shape[1] // k.shape[1]
     (_, m, per_row), (_, n, per_column) = rows.shape, columns.shape
     out = torch.empty((b, h, m, n), dtype=dtype, device=q.device)
+    if on_gpu(q.device):
+        from ..kernels.scores import triton
+
+        if triton.serves(q, per_row, per_column):
+            for i in range(b):
+                queries, keys = _gathered(q[i], rows[0]), _gathered(k[i], columns[min(i, len(columns) - 1)])
+                hidden = None if dead is None else dead[min(i, len(dead) - 1)]
+                out[i] = triton.peaks(queries, keys, per_row, per_column, scale=scale, dead=hidden)
+            return _shares(out)
     limit = CHUNK.get(q.device.type, CHUNK["cpu"])
     some_heads = min(max(limit // (per_row * n * per_column), 1), h)
     some_rows = max(limit // (some_heads * per_row * n * per_column), 1)
@@ -78,7 +89,11 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, scale: float
                 # The largest exp is that of the largest.
                 best = best.sub_(top).unflatten(-1, (-1, per_row)).amax(-1).exp_()
                 out[i, first : first + some_heads, row : row + some_rows] = best.mT
-    return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    return _shares(out)
+
+
+def _shares(x: Tensor) -> Tensor:
+    return x / x.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _gathered(x: Tensor, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dit_accel.kernels import BlockList, TilePlan, tuning
 from dit_accel.kernels.block_sparse import choose
 
 HERE = Path(__file__).parent
-SUITES = [folder / "interpreter_suite.py" for folder in (HERE, HERE.parent / "select", HERE.parent / "pooling")]
+SUITES = [HERE.parent / name / "interpreter_suite.py" for name in ("block_sparse", "select", "pooling", "scores")]
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
     pytest.skip("Triton is not installed", allow_module_level=True)
