@@ -36,7 +36,8 @@ TOKENS, HEADS, TILE = 300, 4, 128
 VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "full": ((), "tma"),
     "full, rows": ((), "rows"),
-    "full, dead keys": (("alive",), "rows"),
+    "full, dead keys": (("alive",), "tma"),
+    "full, dead keys, rows": (("alive",), "rows"),
     "full, permuted": (("order",), "rows"),
     "full, permuted and copied": (("order", "copied", "alive"), "tma"),
     "box": (("box", "always"), "tma"),
@@ -94,7 +95,7 @@ def attention_kernel(arch: int, dim: int, name: str, tile: int = TILE):
     kv_valid = torch.zeros(1, dtype=torch.int32) if "alive" in features else None
     if way == "rows":
         entry = replace(entry, described=0)
-    keys = tier.lying(q, q, tiles, entry, in_order="copied" in features, tests_live=kv_valid is not None)
+    keys = tier.lying(q, q, tiles, entry, in_order="copied" in features, dead=kv_valid is not None)
     values = tier.arguments(q, keys, q, None, tiles, entry, scale=1.0, kv_valid=kv_valid)
     return tier.forward, values, tier.constants(q, keys, q, tiles, entry, bounded=kv_valid is not None), entry
 

@@ -139,19 +139,31 @@ def keys_for(k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning, *, kv_valid: T
     copied = triton_order.copies(plan, _heads_per_key(plan, k))
     if copied:
         k, v = triton_order.in_order(k, v, plan.kv_order, kv_valid)
-    return lying(k, v, plan, entry, in_order=copied, tests_live=kv_valid is not None or plan.tokens_k is not None)
+    clean = kv_valid is None or copied
+    if not clean and _fetches(k, v, plan, entry) and triton_order.cleans(plan):
+        v, clean = triton_order.cleaned(v, kv_valid), True
+    return lying(k, v, plan, entry, in_order=copied, dead=kv_valid is not None, clean=clean)
 
 
-def lying(k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning, *, in_order: bool, tests_live: bool) -> Keys:
-    """How k and v are read where they lie. ``tests_live``: not every slot holds a live key."""
+def lying(
+    k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning, *, in_order: bool, dead: bool, clean: bool = True
+) -> Keys:  # fmt: skip
+    """How k and v are read where they lie. ``dead``: some keys may be; ``clean``: their values are 0."""
+    holes = plan.tokens_k is not None
+    # Rows that the engine fetches are all read, dead ones too.
+    placed = in_order or (plan.kv_order is None and clean and not holes)
+    described = placed and _fetches(k, v, plan, entry)
+    # Which slots of an order are live is read per key, in registers that the longer step needs.
+    per_key = plan.kv_order is not None and (dead or holes)
+    full = entry.full if not described else min(entry.described, entry.full) if per_key else entry.described
+    return Keys(k, v, in_order, described, (full, entry.gathered if plan.gathers else entry.tested))
+
+
+def _fetches(k: Tensor, v: Tensor, plan: TilePlan, entry: Tuning) -> bool:
+    """Whether the copy engine can fetch blocks of k and v; none of them may reach into another tile."""
     tested = entry.gathered if plan.gathers else entry.tested
-    # Rows that the engine fetches are all read: dead ones must be 0, and a block must not reach into another tile.
-    placed = in_order or (plan.kv_order is None and not tests_live)
     whole = entry.described and not any(plan.tile_k % step for step in (entry.described, tested))
-    described = bool(whole and placed and _describable(k, v))
-    # Which slots are live is read per key, in registers that the longer step needs.
-    full = entry.full if not described else min(entry.described, entry.full) if tests_live else entry.described
-    return Keys(k, v, in_order, described, (full, tested))
+    return bool(whole and _describable(k, v))
 
 
 def programs(q: Tensor, plan: TilePlan, entry: Tuning) -> int:

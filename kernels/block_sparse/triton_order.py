@@ -24,9 +24,27 @@ def copies(plan: TilePlan, groups: int) -> bool:
     """
     if plan.kv_order is None or (plan.kv_order.ndim == 2 and groups > 1):
         return False
+    return _often_read(plan)
+
+
+def cleans(plan: TilePlan) -> bool:
+    """Whether dead values are set to 0 ahead of attention, in a copy, so that the copy engine can fetch their blocks.
+
+    Dead keys need no such thing: their logits are masked, while a weight of 0 times a value that is not finite is NaN.
+    """
+    return plan.kv_order is None and plan.tokens_k is None and _often_read(plan)
+
+
+def _often_read(plan: TilePlan) -> bool:
     # The widths of the lists bound what a row visits; its counts would have to be waited for.
     listed = min(plan.full.width + (0 if plan.partial is None else plan.partial.width), plan.tiles_k)
     return listed * plan.tile_k * plan.n_q >= COPY_FROM * plan.n_k
+
+
+def cleaned(v: Tensor, kv_valid: Tensor) -> Tensor:
+    """v (B, H, N, Dv) with 0 for tokens from ``kv_valid`` (int32 (B,)) on."""
+    dead = torch.arange(v.shape[2], device=v.device) >= kv_valid.to(v.device)[:, None]
+    return v.masked_fill(dead[:, None, :, None], 0)
 
 
 def in_order(k: Tensor, v: Tensor, order: Tensor, kv_valid: Tensor | None) -> tuple[Tensor, Tensor]:

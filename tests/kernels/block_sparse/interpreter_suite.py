@@ -150,6 +150,27 @@ def test_keys_copied_into_plan_order(make_case, launches, monkeypatch, name, ent
             assert torch.equal(keys.v[b, h], case.v[b, h, token].masked_fill(dead[:, None], 0))
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["alive", "alive-partial", "empty-rows"])
+def test_dead_values_are_cleaned_for_the_copy_engine(make_case, launches, monkeypatch, name):
+    """Plans in the tokens' own order keep their blocks by descriptor where keys are dead, whatever those hold."""
+    monkeypatch.setattr(tuning, "EMULATED", DESCRIBED)
+    case = make_case(seed=len(name), **CASES[name])
+    found, lse = run(case)
+    monkeypatch.setattr(triton_order, "COPY_FROM", 0)
+    for b, alive in enumerate(case.kv_valid.tolist()):
+        case.k[b, :, alive:], case.v[b, :, alive:] = torch.nan, torch.inf
+    out, lse_cleaned = run(case)
+    assert [keys.described for keys in launches] == [False, True]
+    assert launches[1].k is case.k
+    assert torch.equal(out, found)
+    assert torch.equal(lse, lse_cleaned)
+    for b, alive in enumerate(case.kv_valid.tolist()):
+        assert (launches[1].v[b, :, alive:] == 0).all()
+        case.k[b, :, alive:] = case.v[b, :, alive:] = 0
+    case.check(out, lse_cleaned)
+
+
 def test_shared_keys_of_heads_with_orders_of_their_own_are_not_copied(make_case, launches, monkeypatch):
     monkeypatch.setattr(triton_order, "COPY_FROM", 0)
     run(make_case(**CASES["order-heads"]))
