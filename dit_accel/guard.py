@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import flag, known_fields, number, several, whole
 from .errors import UsageError
 from .kernels.quant.recipe import Recipe
 from .rows import Rows
@@ -44,18 +45,22 @@ class Guard:
     budget: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise UsageError(f"Guard: rate is a share of the calls in (0, 1]; got {self.rate!r}")
-        if not isinstance(self.rows, int) or self.rows < 2:
-            raise UsageError(f"Guard: rows is a number of query rows, at least 2; got {self.rows!r}")
+        for name in KINDS:
+            object.__setattr__(self, name, flag(f"Guard: {name}", getattr(self, name)))
+        rate = number("Guard: rate", self.rate, "a share of the calls in (0, 1]", 0, 1, above=True)
+        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "rows", whole("Guard: rows", self.rows, "a number of query rows", 2))
         if self.budget is None:
             return
         if not self.drift:
             raise UsageError("Guard: budget is for drift, which is not measured; set drift=True")
-        if not isinstance(self.budget, (int, float)):
-            object.__setattr__(self, "budget", tuple(self.budget))
-        if not all(b > 0 for b in self._budgets()):
-            raise UsageError(f"Guard: budget is a relative error above 0, one or one per layer; got {self.budget!r}")
+        what = "a relative error above 0, one or one per layer"
+        many = isinstance(self.budget, Iterable)
+        given = several("Guard: budget", self.budget, what) if many else (self.budget,)
+        budgets = tuple(number("Guard: budget", one, what, 0, above=True) for one in given)
+        if not budgets:
+            raise UsageError(f"Guard: budget is {what}; got none")
+        object.__setattr__(self, "budget", budgets if many else budgets[0])
 
     @classmethod
     def off(cls) -> Guard:
@@ -96,9 +101,7 @@ class Guard:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guard:
         """The inverse of :meth:`to_dict`. Raises ``UsageError`` for a name that is no field."""
-        unknown = data.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise UsageError(f"Guard has no field {', '.join(sorted(unknown))}")
+        known_fields("Guard", data, [f.name for f in fields(cls)])
         return cls(**data)
 
 

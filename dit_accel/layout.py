@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .checks import plain
 from .errors import UsageError
 
 Grid = tuple[int, int, int]
@@ -22,6 +23,20 @@ class Segment:
 
     kind: str
     size: int | Grid
+
+    def __post_init__(self) -> None:
+        count = plain(self.size)
+        if not isinstance(count, int):
+            try:
+                count = tuple(plain(side) for side in self.size)
+            except TypeError:
+                count = ()
+            if len(count) != 3 or not all(isinstance(side, int) for side in count):
+                raise UsageError(
+                    f"a segment's size is a whole number of tokens or a grid of three, (T, H, W); got {self.size!r} "
+                    f"for {self.kind!r}"
+                )
+        object.__setattr__(self, "size", count)
 
     @property
     def tokens(self) -> int:
@@ -51,11 +66,12 @@ class Layout:
         if (grid is None) == (segments is None):
             raise UsageError("a Layout takes either grid=(T, H, W) or segments=(...), not both and not neither")
         if segments is None:
-            words = [Segment("text", int(text))] if text else []
-            before = [Segment("prefix", int(prefix))] if prefix else []
+            words, before = ([Segment(*part)] if part[1] else [] for part in (("text", text), ("prefix", prefix)))
             main = [Segment("main", _as_grid(grid))]
             segments = words + before + main if text_first else before + main + words
         segments = tuple(segments)
+        if not all(isinstance(segment, Segment) for segment in segments):
+            raise UsageError(f'segments holds Segments, like Segment("text", 77); got {segments}')
         mains = [s for s in segments if s.kind == "main"]
         if len(mains) != 1 or isinstance(mains[0].size, int):
             raise UsageError(f"a Layout needs exactly one 'main' segment with a (T, H, W) grid; got {segments}")
@@ -102,7 +118,10 @@ class Layout:
 
 
 def _as_grid(grid: Iterable[int]) -> Grid:
-    values = tuple(int(v) for v in grid)
-    if len(values) != 3 or min(values) < 1:
-        raise UsageError(f"grid must be three positive integers (T, H, W); got {values}")
+    values = tuple(plain(v) for v in grid) if isinstance(grid, Iterable) and not isinstance(grid, str) else ()
+    if len(values) != 3 or not all(isinstance(v, int) and v >= 1 for v in values):
+        raise UsageError(
+            f"grid must be three positive integers (T, H, W); got {grid!r}. Example: grid=(21, 30, 52); a plain "
+            "sequence of N tokens is grid=(1, 1, N)"
+        )
     return values

@@ -69,6 +69,8 @@ def read_preset(path: str | Path) -> Preset:
         for part, name in _files(data):
             data[part] = {**data[part], _FILE: str(path.parent / name)}
         processor = Processor.from_dict(data)
+    except UsageError as error:
+        raise UsageError(f"{path} is damaged, or what it names is not there: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is damaged: its processor cannot be made ({type(error).__name__}: {error}); copy it again, or "

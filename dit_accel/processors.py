@@ -6,6 +6,7 @@ import inspect
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from .checks import instance
 from .errors import UsageError
 from .guard import Guard
 from .kernels.block_sparse import BACKENDS
@@ -45,6 +46,13 @@ class Processor:
             raise UsageError(
                 f"backend {backend!r} cannot quantise; choose auto, triton or reference, or leave quant out"
             )
+        for name, value, kind, what in (
+            ("method", method, Method, "a method such as Radial(), or None for dense attention"),
+            ("schedule", schedule, Schedule, "a Schedule such as Schedule(first=0.25), or None for the method's own"),
+            ("guard", guard, Guard, "a Guard such as Guard(drift=True) or Guard.off(), or None for the default one"),
+        ):
+            if value is not None:
+                instance(f"{type(self).__name__}: {name}", value, kind, what)
         self.method = method
         self.quant = parse_quant(quant)
         own = Schedule() if method is None else method.default_schedule()

@@ -133,7 +133,7 @@ def parse_quant(value: Quant | str | None) -> Quant | str | None:
     """A Quant, a preset's name, a precision file or None as a Quant, ``"auto"`` or None. Raises ``UsageError`` else."""
     if value is None or value == AUTO or isinstance(value, Quant):
         return value
-    if value in PRESETS:
+    if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]()
     if isinstance(value, str) and value.endswith(PRECISION_SUFFIX):
         return replace(Quant.sage2(bits=4), plan_file=value)

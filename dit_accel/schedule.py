@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from .checks import known_fields, plain, several, whole
 from .errors import UsageError
 from .step import Step
 
@@ -30,17 +31,25 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
-            value = getattr(self, name)
-            if value < 0 or (isinstance(value, float) and value > 1):
+            value = plain(given := getattr(self, name))
+            if value is None or not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
                 raise UsageError(
-                    f"Schedule.{name} must be a step count (int >= 0) or a fraction (float in [0, 1]); got {value!r}"
+                    f"Schedule.{name} must be a step count (int >= 0) or a fraction (float in [0, 1]); got {given!r}"
                 )
-        if not isinstance(self.layers, int):
-            object.__setattr__(self, "layers", frozenset(self.layers))
-        elif self.layers < 0:
-            raise UsageError(f"Schedule.layers must be a count >= 0 or a set of layer indices; got {self.layers}")
-        object.__setattr__(self, "steps", frozenset(self.steps))
-        object.__setattr__(self, "table", frozenset(tuple(pair) for pair in self.table))
+            object.__setattr__(self, name, value)
+        count = plain(self.layers)
+        if count is None:
+            count = _indices("layers", self.layers, "layer indices, or is a count of leading layers")
+        elif not isinstance(count, int) or count < 0:
+            raise UsageError(f"Schedule.layers must be a count >= 0 or a set of layer indices; got {self.layers!r}")
+        object.__setattr__(self, "layers", count)
+        object.__setattr__(self, "steps", _indices("steps", self.steps, "step indices, like {0, 20}"))
+        what = "pairs of a step and a layer, like {(0, 3), (1, 3)}"
+        pairs = (several("Schedule.table", pair, what) for pair in several("Schedule.table", self.table, what))
+        table = frozenset(tuple(whole("Schedule.table", i, f"{what}, each", 0) for i in pair) for pair in pairs)
+        if any(len(pair) != 2 for pair in table):
+            raise UsageError(f"Schedule.table holds {what}; got {self.table!r}")
+        object.__setattr__(self, "table", table)
 
     @classmethod
     def none(cls) -> Schedule:
@@ -73,7 +82,14 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, data: dict) -> Schedule:
+        """The inverse of :meth:`to_dict`. Raises ``UsageError`` for a name that is no field."""
+        known_fields("Schedule", data, [f.name for f in fields(cls)])
         return cls(**data)
+
+
+def _indices(name: str, values: Iterable[int], what: str) -> frozenset[int]:
+    held = several(f"Schedule.{name}", values, what)
+    return frozenset(whole(f"Schedule.{name}", i, f"a set of {what}, each", 0) for i in held)
 
 
 def _steps(value: int | float, total: int | None) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import plain
 from ..errors import UsageError
 
 QUALITY, SEMANTIC = "quality", "semantic"
@@ -119,9 +120,10 @@ def _checked(scores: Mapping[str, float]) -> dict[str, float]:
             raise UsageError(f"unknown VBench dimension {key!r}; known: {', '.join(DIMENSIONS)}")
         if name in given:
             raise UsageError(f"dimension {name!r} is given twice")
-        if not math.isfinite(value) or not -1 <= value <= 1:
+        score = plain(value)
+        if score is None or not math.isfinite(score) or not -1 <= score <= 1:
             raise UsageError(f"{name} must be the package's own score, at most 1; got {value}. Divide percents by 100")
-        given[name] = float(value)
+        given[name] = float(score)
     return given
 
 

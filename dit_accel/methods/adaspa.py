@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import flag, plain, several, whole
 from ..errors import UsageError
 from ..kernels import BlockList
 from ..layout import Layout
@@ -81,14 +82,16 @@ class AdaSpa(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
-        object.__setattr__(self, "search_steps", tuple(self.search_steps))
-        if not self.search_steps or not all(_is_step(s) for s in self.search_steps):
-            raise UsageError(
-                "AdaSpa.search_steps holds at least one 0-based step (int >= 0) or fraction of the run (float in "
-                f"[0, 1)), for example (9, 29) or (0.2, 0.6); got {self.search_steps}"
-            )
-        if self.block_size < 1:
-            raise UsageError(f"AdaSpa.block_size is a number of tokens, at least 1; got {self.block_size}")
+        what = (
+            "at least one 0-based step (int >= 0) or fraction of the run (float in [0, 1)), for example (9, 29) or "
+            "(0.2, 0.6)"
+        )
+        steps = tuple(plain(step) for step in several("AdaSpa.search_steps", self.search_steps, what))
+        if not steps or not all(_is_step(step) for step in steps):
+            raise UsageError(f"AdaSpa.search_steps holds {what}; got {self.search_steps}")
+        object.__setattr__(self, "search_steps", steps)
+        object.__setattr__(self, "block_size", whole("AdaSpa.block_size", self.block_size, "a number of tokens"))
+        object.__setattr__(self, "head_adaptive", flag("AdaSpa.head_adaptive", self.head_adaptive))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> AdaSpa:
@@ -218,7 +221,5 @@ def _index_type(blocks: int) -> torch.dtype:
     return torch.int16 if blocks <= _LISTABLE else torch.int32
 
 
-def _is_step(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return 0 <= value < 1 if isinstance(value, float) else value >= 0
+def _is_step(value: int | float | None) -> bool:
+    return value is not None and (0 <= value < 1 if isinstance(value, float) else value >= 0)

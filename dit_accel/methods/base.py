@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..checks import known_fields, number
 from ..errors import UnsupportedError, UsageError
 from ..layout import Layout
 from ..plans import Plan
@@ -119,16 +120,18 @@ class Method:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Method:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`. Raises ``UsageError`` for a name that is no field."""
         values = dict(data)
-        return find(values.pop("method", ""))(**values)
+        cls = find(values.pop("method", ""))
+        known_fields(cls.__name__, values, [f.name for f in fields(cls)])
+        return cls(**values)
 
 
 def find(name: str) -> type[Method]:
     """The method class called ``name``. Raises ``UsageError`` with the nearest name."""
     import difflib
 
-    key = name.lower()
+    key = str(name).lower()
     if key in REGISTRY:
         return REGISTRY[key]
     close = difflib.get_close_matches(key, REGISTRY, n=1)
@@ -138,6 +141,4 @@ def find(name: str) -> type[Method]:
 
 def check_density(density: float) -> float:
     """``density`` as a float in (0, 1]; raises ``UsageError`` otherwise."""
-    if not 0 < float(density) <= 1:
-        raise UsageError(f"density is the kept fraction and lies in (0, 1]; got {density}")
-    return float(density)
+    return float(number("density", density, "the kept fraction and lies in (0, 1]", 0, 1, above=True))

@@ -7,7 +7,6 @@ smaller the radius: experimental.
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import plain
 from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList, Disc, Group, Predicate
 from ..kernels.pooling import block_means
@@ -48,15 +48,16 @@ class Clear(Method):
     pool: int | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "radius", operator.index(self.radius))
-        except TypeError:
-            raise UsageError(f"Clear.radius is a number of tokens, 1 or more; got {self.radius!r}") from None
-        if self.radius < 1:
-            raise UsageError(f"Clear.radius is {self.radius}; allowed 1 and more (released: 8, 16, 32)")
-        if self.pool is not None and (not isinstance(self.pool, int) or self.pool < 2):
-            raise UsageError(f"Clear.pool is the side of a cell in tokens, 2 or more, or None; got {self.pool!r}")
+        radius, pool = plain(self.radius), plain(self.pool)
+        if not isinstance(radius, int) or radius < 1:
+            raise UsageError(
+                f"Clear.radius is a number of tokens; allowed 1 and more (released: 8, 16, 32); got {self.radius!r}"
+            )
+        object.__setattr__(self, "radius", radius)
         if self.pool is not None:
+            if not isinstance(pool, int) or pool < 2:
+                raise UsageError(f"Clear.pool is the side of a cell in tokens, 2 or more, or None; got {self.pool!r}")
+            object.__setattr__(self, "pool", pool)
             object.__setattr__(self, "static", False)  # pooled keys are made from k and v
         warnings.warn(self.experimental, UserWarning, stacklevel=3)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import number
 from ..errors import UnsupportedError, UsageError
 from ..layout import Grid, Layout
 from ..plans import Plan
@@ -76,8 +77,11 @@ class GNA(Method):
                     f"GNA.stride {self.stride} is larger than window {self.window} on axis {AXES[axis]}; queries that "
                     f"share a window must lie in it: allowed 1..{window}"
                 )
-        if self.scale is not None and not self.scale > 0:
-            raise UsageError(f"GNA.scale is a positive softmax scale, or None for D**-0.5; got {self.scale}")
+        if self.scale is not None:
+            what = "a positive softmax scale, or None for D**-0.5"
+            object.__setattr__(self, "scale", number("GNA.scale", self.scale, what, 0, above=True))
+        factor = number("GNA.scale_factor", self.scale_factor, "a positive factor of D**-0.5", 0, above=True)
+        object.__setattr__(self, "scale_factor", factor)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GNA:

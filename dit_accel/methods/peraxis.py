@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
+from ..checks import plain
 from ..errors import UsageError
 
 PerAxis = int | tuple[int, ...]
@@ -32,12 +32,9 @@ def numbers(name: str, value: Any, whole: bool = False) -> PerAxis:
 
     Raises ``UsageError`` naming the parameter.
     """
-    try:
-        many = tuple(operator.index(v) for v in value) if isinstance(value, Iterable) else None
-        found = many if many is not None else (operator.index(value),)
-    except TypeError:
-        found = ()
-    if not 1 <= len(found) <= 3 or any(n < 1 and not (whole and n == -1) for n in found):
+    many = tuple(plain(v) for v in value) if isinstance(value, Iterable) else None
+    found = many if many is not None else (plain(value),)
+    if not 1 <= len(found) <= 3 or not all(isinstance(n, int) and (n >= 1 or (whole and n == -1)) for n in found):
         also = " or -1 (the whole axis)" if whole else ""
         raise UsageError(
             f"{name} must be a positive integer{also}, or one to three of these; got {value!r}. "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..checks import choice, flag, plain, whole
 from ..errors import UsageError
 from ..kernels import BlockList, Group
 from ..kernels.pooling import block_means, block_statistics
@@ -74,10 +75,9 @@ class Pisa(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
-        if self.block_size < 1:
-            raise UsageError(f"Pisa.block_size is a number of tokens, at least 1; got {self.block_size}")
-        if self.order not in ORDERS:
-            raise UsageError(f"Pisa.order {self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
+        object.__setattr__(self, "block_size", whole("Pisa.block_size", self.block_size, "a number of tokens"))
+        choice("Pisa.order", self.order, ORDERS)
+        object.__setattr__(self, "norm_bias", flag("Pisa.norm_bias", self.norm_bias))
         object.__setattr__(self, "tile", _checked(self.tile, self.block_size))
 
     @classmethod
@@ -213,7 +213,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _checked(tile: Any, size: int) -> tuple[int, ...] | str | None:
     if tile is None or tile == "auto":
         return tile
-    sides = tuple(tile) if isinstance(tile, Iterable) and not isinstance(tile, str) else ()
+    sides = tuple(map(plain, tile)) if isinstance(tile, Iterable) and not isinstance(tile, str) else ()
     if len(sides) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in sides) or math.prod(sides) != size:
         raise UsageError(
             f"Pisa.tile is (h, w) or (t, h, w) of block_size tokens together, None or 'auto'; got {tile!r} with "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..checks import choice, number, several, whole
 from ..errors import UsageError
 from ..kernels import BlockList, Group
 from ..kernels.pooling import Runs, pyramid_means, pyramid_similarity
@@ -77,10 +77,8 @@ class Pyramid(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("levels", "bounds", "similarity"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+        for name, value in _plain(self).items():
+            object.__setattr__(self, name, value)
         _check(self)
 
     @classmethod
@@ -231,8 +229,8 @@ class Pyramid(Method):
         """uint8 (B, H, 1, key blocks): the coarsest level at which each block may be seen."""
         alike = pyramid_similarity(k, keys.tokens, live, self.levels[1:])
         cap = torch.ones_like(alike[..., 0], dtype=torch.uint8)
-        for number, (level, least) in enumerate(zip(self.levels[1:], self.similarity, strict=True)):
-            cap = torch.where(alike[..., number] > least, level, cap)
+        for coarser, (level, least) in enumerate(zip(self.levels[1:], self.similarity, strict=True)):
+            cap = torch.where(alike[..., coarser] > least, level, cap)
         return cap.repeat_interleave(heads // k.shape[1], 1)[:, :, None]
 
     def _ranks(self, blocks: int, level: int) -> slice:
@@ -290,6 +288,24 @@ class _Tokens:
         return self.real & (self.tokens < kv_valid.to(self.tokens.device)[:, None, None])
 
 
+def _plain(method: Pyramid) -> dict[str, Any]:
+    """The parameters as plain values of their kinds."""
+    found: dict[str, Any] = {}
+    for name, what, kind in (
+        ("levels", "how many keys each mean stands for, like (1, 2, 4, 8)", whole),
+        ("bounds", "one share per level, like (0.1, 0.15, 0.15, 0.35)", number),
+        ("similarity", "one cosine per level but the first, like (0.7, 0.65, 0.6), or is None", number),
+    ):
+        value = getattr(method, name)
+        if value is not None or name != "similarity":
+            values = several(f"Pyramid.{name}", value, what)
+            found[name] = tuple(kind(f"Pyramid.{name}", one, f"a tuple of {what}, each a number") for one in values)
+    for name in ("block_q", "block_k", "tile"):
+        found[name] = whole(f"Pyramid.{name}", getattr(method, name), "a number of tokens")
+    share = number("Pyramid.min_level1", method.min_level1, "a share of the key blocks, 0 to 1", 0, 1)
+    return found | {"min_level1": share, "seed": whole("Pyramid.seed", method.seed, "a whole number", None)}
+
+
 def _check(method: Pyramid) -> None:
     levels, bounds, similarity = method.levels, method.bounds, method.similarity
     if not levels or list(levels) != sorted(set(levels)) or not set(levels) <= set(LEVELS):
@@ -298,11 +314,7 @@ def _check(method: Pyramid) -> None:
         raise UsageError(
             f"Pyramid.bounds are one share per level {levels}, 0 to 1, none falling, the last above 0; got {bounds!r}"
         )
-    if method.mode not in MODES:
-        raise UsageError(f"Pyramid.mode {method.mode!r} is unknown; choose one of {', '.join(MODES)}")
-    for name in ("block_q", "block_k", "tile"):
-        if getattr(method, name) < 1:
-            raise UsageError(f"Pyramid.{name} is a number of tokens, at least 1; got {getattr(method, name)}")
+    choice("Pyramid.mode", method.mode, MODES)
     if method.block_k % levels[-1]:
         raise UsageError(f"Pyramid.block_k is a multiple of the coarsest level, {levels[-1]}; got {method.block_k}")
     if similarity is not None and (levels[0] != 1 or len(similarity) != len(levels) - 1):
@@ -310,8 +322,6 @@ def _check(method: Pyramid) -> None:
             f"Pyramid.similarity has one threshold per level behind level 1, which it falls back to; got "
             f"{similarity!r} for levels {levels}. Example: levels=(1, 2, 4, 8), similarity=(0.7, 0.65, 0.6)"
         )
-    if not 0 <= method.min_level1 <= 1:
-        raise UsageError(f"Pyramid.min_level1 is a share of the key blocks, 0 to 1; got {method.min_level1}")
     if method.curve not in CURVES:
         raise UsageError(f"Pyramid.curve {method.curve!r} is unknown; choose 'gilbert', or None for no reordering")
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import choice, number, whole
 from ..errors import UnsupportedError, UsageError
 from ..kernels import Band, BlockList, Predicate
 from ..layout import Layout
@@ -48,8 +49,7 @@ class Radial(Method):
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise UsageError(f"Radial.rule is {self.rule!r}; choose one of {', '.join(RULES)}")
+        choice("Radial.rule", self.rule, RULES)
         if self.rule == "upstream" and self.variant is None:
             object.__setattr__(self, "variant", "wan")
         if self.variant is not None and (self.rule != "upstream" or self.variant not in VARIANTS):
@@ -57,10 +57,12 @@ class Radial(Method):
                 f"Radial.variant is {self.variant!r} under rule {self.rule!r}; it belongs to rule='upstream' and is "
                 f"one of {', '.join(VARIANTS)}"
             )
-        if not self.decay > 0:
-            raise UsageError(f"Radial.decay must be positive; got {self.decay}")
-        if self.block_size < 1 or self.sink_frames < 0:
-            raise UsageError(f"Radial needs block_size >= 1 and sink_frames >= 0; got {self}")
+        for name, value in (
+            ("decay", number("Radial.decay", self.decay, "a factor of the band and must be positive", 0, above=True)),
+            ("block_size", whole("Radial.block_size", self.block_size, "a number of tokens")),
+            ("sink_frames", whole("Radial.sink_frames", self.sink_frames, "a number of frames", 0)),
+        ):
+            object.__setattr__(self, name, value)
 
     def check(self, layout: Layout) -> None:
         if layout.grid[0] < 2:

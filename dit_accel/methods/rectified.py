@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..checks import flag, number, whole
 from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList
 from ..kernels.pooling import block_means, block_spreads
@@ -65,10 +66,12 @@ class Rectified(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
-        if not 0 <= self.top_p <= 1:
-            raise UsageError(f"Rectified.top_p is a share of the pooled attention, 0 to 1; got {self.top_p}")
-        if self.block_size < 2:
-            raise UsageError(f"Rectified.block_size is a number of tokens, at least 2; got {self.block_size}")
+        top_p = number("Rectified.top_p", self.top_p, "a share of the pooled attention, 0 to 1", 0, 1)
+        object.__setattr__(self, "top_p", top_p)
+        size = whole("Rectified.block_size", self.block_size, "a number of tokens", 2)
+        object.__setattr__(self, "block_size", size)
+        for name in ("neighbors", "compensate", "first_frame_blocks"):
+            object.__setattr__(self, name, flag(f"Rectified.{name}", getattr(self, name)))
         if self.curve not in CURVES:
             raise UsageError(f"Rectified.curve {self.curve!r} is unknown; choose 'gilbert', or None for no reordering")
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import whole
 from ..kernels import BlockList
 from ..layout import Layout
 from ..plans import Blocks, Plan
@@ -19,6 +20,9 @@ class AllBlocks(Method):
 
     name: ClassVar[str] = "all-blocks"
     block_size: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", whole("AllBlocks.block_size", self.block_size, "a number of tokens"))
 
     def plan(self, q, k, v, call: Call) -> Plan:
         q_blocks, k_blocks = _blocks(call, self.block_size)
@@ -39,7 +43,12 @@ class RandomBlocks(Method):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        for name, value in (
+            ("seed", whole("RandomBlocks.seed", self.seed, "a whole number", None)),
+            ("density", check_density(self.density)),
+            ("block_size", whole("RandomBlocks.block_size", self.block_size, "a number of tokens")),
+        ):
+            object.__setattr__(self, name, value)
 
     def plan(self, q, k, v, call: Call) -> Plan:
         q_blocks, k_blocks = _blocks(call, self.block_size)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import choice, number, plain
 from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList
 from ..layout import Layout
@@ -103,8 +104,7 @@ class VMoBA(Method):
         if self.scope is None:
             object.__setattr__(self, "scope", "head_global" if self.select == "threshold" else "query_head")
         for name, allowed in (("select", SELECTIONS), ("scope", SCOPES), ("granularity", GRANULARITIES)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"VMoBA.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+            choice(f"VMoBA.{name}", getattr(self, name), allowed)
         if self.select == "topk" and self.scope == "block":
             raise UsageError(
                 "VMoBA.scope 'block' has no meaning for select='topk', which counts chunks per query; "
@@ -113,8 +113,8 @@ class VMoBA(Method):
         if self.chunks is not None:
             object.__setattr__(self, "chunks", _chunks(self.chunks))
         object.__setattr__(self, "k", _counts(self.k))
-        if not float(self.tau) >= 0:
-            raise UsageError(f"VMoBA.tau is the share of the total weight to keep, 0 or more; got {self.tau}")
+        tau = number("VMoBA.tau", self.tau, "the share of the total weight to keep, 0 or more", 0)
+        object.__setattr__(self, "tau", tau)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> VMoBA:
@@ -290,15 +290,15 @@ def _chunks(value: Any) -> Chunks:
 
 
 def _counts(value: Any) -> int | float | tuple[int | float, ...]:
-    many = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    one = isinstance(value, str) or not isinstance(value, Iterable)
+    many = tuple(plain(k) for k in ((value,) if one else value))
     for k in many:
-        number = isinstance(k, (int, float)) and not isinstance(k, bool)
-        if not number or len(many) not in (1, 3) or not (0 < k <= 1 if isinstance(k, float) else k >= 1):
+        if k is None or len(many) not in (1, 3) or not (0 < k <= 1 if isinstance(k, float) else k >= 1):
             raise UsageError(
                 f"VMoBA.k is a number of chunks (int, 1 or more), a share of them (float, up to 1.0), or three of "
                 f"these for {', '.join(PARTITIONS)}; got {value!r}"
             )
-    return many if isinstance(value, Iterable) else value
+    return many[0] if one else many
 
 
 def _preset(name: str) -> tuple[dict[str, Any], Schedule]:

@@ -6,14 +6,11 @@ import difflib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ...checks import choice, number, whole
 from ...errors import UsageError
 
+_FRAMES = ("chunk_frames", "window_frames", "sink_frames", "sink_gap", "max_frames", "pc_budget", "pc_recent")
 POLICIES = ("window", "sink", "deep_sink", "deep_sink+pc", "ema_sink")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is one of {', '.join(allowed)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,16 @@ class CacheConfig:
     ema_alpha: float = 0.999
 
     def __post_init__(self) -> None:
-        _one_of("policy", self.policy, POLICIES)
-        _one_of("positions", self.positions, ("window", "absolute"))
-        _one_of("key_storage", self.key_storage, ("raw", "roped"))
-        _one_of("pc_rope", self.pc_rope, ("keep", "compact"))
-        for name, least in (("chunk_frames", 1), ("window_frames", 1), ("sink_frames", 0), ("sink_gap", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} is a whole number of latent frames, {least} or more; got {value!r}")
+        choice("policy", self.policy, POLICIES)
+        choice("positions", self.positions, ("window", "absolute"))
+        choice("key_storage", self.key_storage, ("raw", "roped"))
+        choice("pc_rope", self.pc_rope, ("keep", "compact"))
+        for name in _FRAMES:
+            least = 0 if name in ("sink_frames", "sink_gap") else 1
+            value = whole(name, getattr(self, name), "a whole number of latent frames", least)
+            object.__setattr__(self, name, value)
+        alpha = number("ema_alpha", self.ema_alpha, "the share of the old sink, 0 to 1", 0, 1)
+        object.__setattr__(self, "ema_alpha", alpha)
         self._check_sizes()
         self._check_positions()
         if self.compresses:
@@ -129,8 +128,6 @@ class CacheConfig:
                 f"ema_sink averages a chunk into the sinks, frame by frame: sink_frames={self.sink_frames} must equal "
                 f"chunk_frames={self.chunk_frames}"
             )
-        if not 0 <= self.ema_alpha <= 1:
-            raise UsageError(f"ema_alpha is the share of the old sink, 0 to 1; got {self.ema_alpha}")
 
 
 # Settings by published name.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import choice, number, several
 from ...errors import UsageError
 
 RENOISE = ("fresh", "predicted")
@@ -28,16 +30,16 @@ class Steps:
     renoise: str = "fresh"
 
     def __post_init__(self) -> None:
-        times = self.times
+        what = "denoising times that fall from 1000 to above 0, like (1000, 750, 500, 250)"
+        times = tuple(number("times", t, f"a tuple of {what}, each") for t in several("times", self.times, what))
         if not times or any(not 0 < t <= 1000 for t in times) or list(times) != sorted(set(times), reverse=True):
             raise UsageError(f"denoising times fall from 1000 to above 0, like (1000, 750, 500, 250); got {times}")
-        if not self.shift > 0 or not 0 <= self.context_time < 1000:
-            raise UsageError(
-                f"shift is positive and context_time in [0, 1000); got shift={self.shift}, "
-                f"context_time={self.context_time}"
-            )
-        if self.renoise not in RENOISE:
-            raise UsageError(f"renoise is one of {', '.join(RENOISE)}; got {self.renoise!r}")
+        object.__setattr__(self, "times", times)
+        shift = number("shift", self.shift, "a positive factor", 0, above=True)
+        context = number("context_time", self.context_time, "a time, 0 to below 1000", 0, math.nextafter(1000, 0))
+        object.__setattr__(self, "shift", shift)
+        object.__setattr__(self, "context_time", context)
+        choice("renoise", self.renoise, RENOISE)
 
     @classmethod
     def even(cls, count: int, **settings: float | str) -> Steps:

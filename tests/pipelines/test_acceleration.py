@@ -151,7 +151,7 @@ def test_layers_that_the_model_does_not_have(given):
 
 
 def test_a_parameter_of_another_kind():
-    with pytest.raises(UsageError, match=r"decay is float, by default 0\.2, got 'abc'"):
+    with pytest.raises(UsageError, match="decay is a factor of the band and must be positive; got 'abc'"):
         decide(method="radial", parameters={"decay": "abc"})
 
 

@@ -212,7 +212,7 @@ def test_images_are_refused_by_name():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"rule": "fast"}, "safe, upstream, paper"), ({"variant": "wan"}, "rule='upstream'"), ({"decay": 0}, "positive"),
-     ({"rule": "upstream", "variant": "flux"}, "wan, hunyuan"), ({"block_size": 0}, "block_size >= 1")],
+     ({"rule": "upstream", "variant": "flux"}, "wan, hunyuan"), ({"block_size": 0}, "at least 1; got 0")],
 )  # fmt: skip
 def test_bad_parameters(settings, message):
     with pytest.raises(UsageError, match=message):

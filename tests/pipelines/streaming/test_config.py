@@ -6,7 +6,7 @@ from dit_accel.errors import UsageError
 from dit_accel.pipelines.streaming import PRESETS, CacheConfig, preset
 
 REFUSED = [
-    ({"policy": "sinks"}, "policy is one of window, sink.*got 'sinks'"),
+    ({"policy": "sinks"}, "policy is 'sinks'; choose one of window, sink"),
     ({"policy": "sink", "sink_frames": 22}, "window_frames=21 is less than sink_frames=22 \\+ chunk_frames=3"),
     ({"policy": "sink", "sink_frames": 19}, "give window_frames=22 or more"),
     ({"policy": "window", "sink_frames": 3}, "'window' has no sinks; got sink_frames=3"),
@@ -20,7 +20,7 @@ REFUSED = [
     ({"policy": "ema_sink", "sink_frames": 3, "positions": "absolute"}, "contradicts"),
     ({"policy": "sink", "sink_frames": 3, "key_storage": "roped"}, "positions='absolute'"),
     ({"policy": "sink", "sink_frames": 3, "sink_gap": 4}, "sink_gap=4 is a setting of deep_sink"),
-    ({"chunk_frames": 0}, "chunk_frames is a whole number of latent frames, 1 or more; got 0"),
+    ({"chunk_frames": 0}, "chunk_frames is a whole number of latent frames, at least 1; got 0"),
     ({"window_frames": 2.5}, "got 2.5"),
 ]
 
