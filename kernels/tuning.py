@@ -45,7 +45,7 @@ TABLE: dict[tuple[str, int], Tuning] = {
     ("sm90", 256): Tuning(128, 64, 32, 16, 8, 2, described=64),
     ("sm100", 64): Tuning(128, 64, 64, 64, 8, 3, described=64),
     ("sm100", 128): Tuning(128, 64, 64, 16, 8, 3, described=64),
-    ("sm100", 256): Tuning(128, 64, 32, 16, 8, 2, described=64),
+    ("sm100", 256): Tuning(64, 64, 32, 16, 8, 2, described=64),
     ("float32", 64): Tuning(64, 32, 32, 32, 8, 2),
     ("float32", 128): Tuning(32, 32, 32, 16, 4, 2),
     ("float32", 256): Tuning(32, 16, 16, 16, 8, 2),

@@ -193,7 +193,7 @@ def arguments(
         _order(plan.order), None if placed else _order(plan.kv_order),
         *predicate_arguments(predicate), gate_arguments(plan.gate if plan.partial is not None else None),
         tuple(group_arguments(group, heads) for group in plan.reps) or None,
-        matrix_arguments(plan.first_order, heads),
+        matrix_arguments(plan.first_order, q),
         None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
         plan.n_q, plan.n_k, plan.queries, heads, groups, _items(q, plan, entry), scale * math.log2(math.e),
@@ -294,11 +294,16 @@ def group_arguments(group: Group, heads: int) -> tuple:
     return *list_arguments(group.seen), key, value, bias, heads // key.shape[1], *strides
 
 
-def matrix_arguments(first_order: Tensor | None, heads: int) -> tuple | None:
+def matrix_arguments(first_order: Tensor | None, q: Tensor) -> tuple | None:
+    """With queries of 16 bits the matrix goes in two halves, which the matrix units take from shared memory; float32
+    would be split in registers, of which the accumulator leaves too few."""
     if first_order is None:
         return None
-    first_order = first_order.contiguous()
-    return first_order, _strides(first_order)[:2], heads // first_order.shape[1]
+    upper, lower = first_order.contiguous(), None
+    if q.element_size() == 2:
+        whole, upper = upper, upper.bfloat16()
+        lower = (whole - upper).bfloat16()
+    return upper, lower, _strides(upper)[:2], q.shape[1] // upper.shape[1]
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -33,7 +33,8 @@ def forward(
     disc: (centre, coord, r2); band: (q_pos, k_pos, q_row, k_col, reach, reach's row stride); gate: (table, q_row,
     k_col, strides (batch, head, row)). reps: per group (count, index, count strides, index strides, keys, values,
     bias, query heads per key head, strides (batch, head) of keys, values and bias), rows contiguous. first_order:
-    (matrix float32, strides (batch, head), query heads per head). row_factors: (scale, add), float32 contiguous.
+    (matrix, what its rounding to 16 bits lost or None where it is float32, strides (batch, head), query heads per
+    head). row_factors: (scale, add), float32 contiguous.
     scale contains log2(e).
 
     A plan's tile may hold several blocks. REPS: representatives per listed block, of each group. WIDTHS: D as a power
@@ -130,12 +131,12 @@ def forward(
                         REPS[g], REP_BLOCK, D, DV, WIDTHS, first_order is not None, EMULATED,
                     )  # fmt: skip
         if first_order is not None:
-            matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
             # acc, total and mass share one running maximum, so the term joins before the division.
             share = (mass * (scale * 0.6931471805599453))[:, None]
             acc, acc_tail = add_first_order(
-                acc, acc_tail, queries_at, token, q_strides[2] * UNIT, live, share, matrix, D, DV, WIDTHS
-            )
+                acc, acc_tail, queries_at, token, q_strides[2] * UNIT, live, share, first_order, b, h, D, DV, WIDTHS,
+                EMULATED,
+            )  # fmt: skip
 
         empty = total == 0
         total = tl.where(empty, 1.0, total)
@@ -270,20 +271,46 @@ def visit_representatives(
 
 @triton.jit
 def add_first_order(
-    acc, acc_tail, queries, token, stride, live, share, matrix, D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr
-):
+    acc, acc_tail, queries, token, stride, live, share, first_order, b, h, D: tl.constexpr, DV: tl.constexpr,
+    WIDTHS: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
     """acc plus (queries x share) @ matrix. A few columns of the queries at a time: a second accumulator would spill."""
-    for line in range(0, D, 32):
-        column = line + tl.arange(0, 32)
+    at = b * first_order[2][0] + (h // first_order[3]) * first_order[2][1]
+    upper = first_order[0] + at
+    for line in range(0, D, 16):
+        column = line + tl.arange(0, 16)
         part = tl.load(
             queries + token[:, None] * stride + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0
         )
         part = part.to(tl.float32) * share
-        acc = tl.dot(part, load_block(matrix, line, 32, WIDTHS[2], 0, D, DV), acc, input_precision="tf32x3")
-        if WIDTHS[3]:
-            block = load_block(matrix, line, 32, WIDTHS[3], WIDTHS[2], D, DV)
-            acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
+        if first_order[1] is None:
+            acc = tl.dot(part, load_block(upper, line, WIDTHS[2], 0, D, DV, EMULATED), acc, input_precision="tf32x3")
+            if WIDTHS[3]:
+                block = load_block(upper, line, WIDTHS[3], WIDTHS[2], D, DV, EMULATED)
+                acc_tail = tl.dot(part, block, acc_tail, input_precision="tf32x3")
+        else:
+            # Both factors in two halves of 16 bits; the product of their lower halves is beyond what is kept.
+            lower = first_order[1] + at
+            large = part.to(tl.bfloat16)
+            small = (part - large.to(tl.float32)).to(tl.bfloat16)
+            if EMULATED:
+                large, small = large.to(tl.float32), small.to(tl.float32)
+            acc = _add_halves(acc, large, small, upper, lower, line, WIDTHS[2], 0, D, DV, EMULATED)
+            if WIDTHS[3]:
+                acc_tail = _add_halves(
+                    acc_tail, large, small, upper, lower, line, WIDTHS[3], WIDTHS[2], D, DV, EMULATED
+                )  # fmt: skip
     return acc, acc_tail
+
+
+@triton.jit
+def _add_halves(
+    acc, large, small, upper, lower, line, COLUMNS: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    block = load_block(upper, line, COLUMNS, FROM, D, DV, EMULATED)
+    acc = tl.dot(small, block, tl.dot(large, block, acc))
+    return tl.dot(large, load_block(lower, line, COLUMNS, FROM, D, DV, EMULATED), acc)
 
 
 @triton.jit
@@ -299,12 +326,13 @@ def apply_row_factors(acc, acc_tail, row_factors, row, DV: tl.constexpr, WIDTHS:
 
 @triton.jit
 def load_block(
-    matrix, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr
-):
-    """Rows first .. first + ROWS and columns FROM .. FROM + COLUMNS of a float32 (D, DV) matrix."""
-    row, column = first + tl.arange(0, ROWS), FROM + tl.arange(0, COLUMNS)
+    matrix, first, COLUMNS: tl.constexpr, FROM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, EMULATED: tl.constexpr
+):  # fmt: skip
+    """Rows first .. first + 16 and columns FROM .. FROM + COLUMNS of a contiguous (D, DV) matrix."""
+    row, column = first + tl.arange(0, 16), FROM + tl.arange(0, COLUMNS)
     mask = (row < D)[:, None] & (column < DV)[None, :]
-    return tl.load(matrix + row[:, None] * DV + column[None, :], mask=mask, other=0.0)
+    x = tl.load(matrix + row[:, None] * DV + column[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32) if EMULATED else x
 
 
 @triton.jit

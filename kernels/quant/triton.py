@@ -95,7 +95,7 @@ def arguments(
         plain.list_arguments(plan.full), plain.list_arguments(plan.partial), *plain.predicate_arguments(predicate),
         plain.gate_arguments(plan.gate if plan.partial is not None else None),
         tuple(plain.group_arguments(group, q.shape[1]) for group in plan.reps) or None,
-        plain.matrix_arguments(plan.first_order, q.shape[1]),
+        plain.matrix_arguments(plan.first_order, q),
         None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
         plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
     )  # fmt: skip

@@ -141,10 +141,11 @@ def forward(
         if WIDTHS[3]:
             acc_tail += back * load_columns(v_mean + channels, WIDTHS[3], WIDTHS[2], DV)[None, :]
     if first_order is not None:
-        matrix = first_order[0] + b * first_order[1][0] + (h // first_order[2]) * first_order[1][1]
         share = (mass / total * (scale * 0.6931471805599453))[:, None]
         base = raw[0] + b * raw[1][0] + h * raw[1][1]
-        acc, acc_tail = add_first_order(acc, acc_tail, base, token, raw[1][2], live, share, matrix, D, DV, WIDTHS)
+        acc, acc_tail = add_first_order(
+            acc, acc_tail, base, token, raw[1][2], live, share, first_order, b, h, D, DV, WIDTHS, EMULATED
+        )
     if row_factors is not None:
         row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
         acc, acc_tail = apply_row_factors(acc, acc_tail, row_factors, row, DV, WIDTHS)

@@ -362,6 +362,23 @@ def test_representatives_and_holes(name, permuted, monkeypatch):
         torch.testing.assert_close(log.double(), lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_first_order_term_of_16_bit_queries(dtype):
+    """It outweighs all else here and its matrix is beyond float16. What is lost is the output's own rounding."""
+    import dit_accel
+
+    q, k, v, plan, kind = represented.case(represented.RAGGED, seed=3, first_order=True)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    reps = tuple(replace(g, key=g.key.to(dtype), value=g.value.to(dtype)) for g in plan.reps)
+    plan = replace(plan, reps=reps, first_order=plan.first_order * 3000 + 60000 * (plan.first_order > 2.4), _memo={})
+    assert plan.first_order.amax() > 65504
+    out = dit_accel.attend(q, k, v, plan=plan, layout=plan.layout, backend="triton")
+    expected, _ = represented.brute(q, k, v, plan, kind, represented.RAGGED)
+    # Which representatives a query sees, and how much mass they have, is known to 16 bits alone.
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < torch.finfo(dtype).eps
+
+
 def test_ragged_blocks_without_representatives():
     import dit_accel
 
