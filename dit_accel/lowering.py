@@ -46,9 +46,10 @@ def tile_of(blocks: Blocks) -> int:
 
 
 def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
-    # A predicate's tables are indexed by slots. Representatives leave query tiles no choice but holes.
+    # A predicate's tables are indexed by slots. Representatives leave query tiles no choice but holes, which its tables
+    # of queries follow.
     most = 2 if plan.predicate is None else 0
-    most_q = most if _plain(plan) or not most else math.inf
+    most_q = most if _plain(plan) else math.inf
     q_axis = _Axis.of(plan.q_blocks, tile_q, most_q, plan.device)
     k_axis = _Axis.of(plan.k_blocks, tile_k, most, plan.device)
     order, kv_order = plan._orders()
@@ -76,6 +77,8 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
         full = k_axis.whole(q_axis.whole(full, -2), -1)
         part = seen & ~full
     dead, predicate = k_axis.dead, plan.predicate
+    if predicate is not None and q_axis.slot is not None:
+        predicate = predicate.of_queries(q_axis.slot.clamp_min(0))
     if dead is not None:
         ragged = pad(dead, (0, -k_axis.slots % tile_k)).view(-1, tile_k).any(-1)
         part = full & ragged if part is None else part | (full & ragged)

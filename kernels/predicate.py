@@ -94,6 +94,17 @@ class Predicate:
         seen = seen if self.always is None else seen | self.always[k]
         return seen if self.dead is None else seen & ~self.dead[k]
 
+    def of_queries(self, slot: Tensor) -> Predicate:
+        """The same for other queries: query i is the one that was ``slot[i]``."""
+        box, disc, band = self.box, self.disc, self.band
+        if box is not None:
+            box = replace(box, lo=tuple(x[slot] for x in box.lo), hi=tuple(x[slot] for x in box.hi))
+        if disc is not None:
+            disc = replace(disc, centre=tuple(x[slot] for x in disc.centre), r2=disc.r2[slot])
+        if band is not None:
+            band = replace(band, q_pos=band.q_pos[slot], q_row=band.q_row[slot])
+        return replace(self, box=box, disc=disc, band=band)
+
     def to(self, device: torch.device) -> Predicate:
         return move(self, device)
 

@@ -19,7 +19,7 @@ from ..errors import UnsupportedError, UsageError
 from ..kernels import BlockList, Disc, Group, Predicate
 from ..kernels.pooling import block_means
 from ..layout import Layout
-from ..plans import Plan
+from ..plans import Blocks, Plan
 from .base import Call, Method, check_density
 from .tile_shapes import choose, counter
 from .tiles import ALWAYS, Tiling, densities
@@ -80,7 +80,7 @@ class Clear(Method):
         self.check(layout)
         if self.pool is None:
             return self._discs(layout)
-        discs = call.state.plan((self, layout, call.device), lambda: self._discs(layout).to(call.device))
+        discs = call.state.plan((self, layout, call.device), lambda: _apart(self._discs(layout)).to(call.device))
         pooled, image = self._pooled(k, v, call, discs), math.prod(layout.grid)
         kept = discs.density + image * pooled.size / layout.tokens**2, discs.density_video + pooled.size / image
         return replace(discs, reps=(pooled,), _memo={"densities": kept})
@@ -90,11 +90,6 @@ class Clear(Method):
         layout, live = call.layout, None
         image = layout.main.stop - layout.main.start
         inside = discs.q_blocks.bounds[1:] <= image
-        if image % discs.q_blocks.size:
-            raise UnsupportedError(
-                f"Clear.pool needs image tokens in whole blocks of {discs.q_blocks.size}; this layout has {image}. "
-                "Use pool=None, or a size whose tokens divide"
-            )
         if call.kv_valid is not None:
             live = torch.arange(layout.tokens, device=k.device) < call.kv_valid.to(k.device)[:, None]
         (_, height, width), side = layout.grid, self.pool
@@ -151,3 +146,17 @@ class Clear(Method):
             columns = width + 2 * reach * width - reach * (reach + 1)
             total += (height - dy) * columns * (2 if dy else 1)
         return total
+
+
+def _apart(plan: Plan) -> Plan:
+    """The plan with no query block that holds image and other tokens: only the former see pooled keys."""
+    image, bounds = math.prod(plan.layout.grid), plan.q_blocks.bounds
+    cut = Blocks(torch.cat([bounds, torch.tensor([image])]).unique())
+    if cut.count == plan.q_blocks.count:
+        return plan
+    row = torch.searchsorted(bounds, cut.bounds[:-1], right=True) - 1
+
+    def listed(entry: BlockList | None) -> BlockList | None:
+        return None if entry is None else BlockList(entry.count[:, :, row], entry.index[:, :, row])
+
+    return replace(plan, q_blocks=cut, full=listed(plan.full), partial=listed(plan.partial))

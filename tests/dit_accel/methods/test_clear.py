@@ -12,6 +12,7 @@ from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.functional import attend
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
+from dit_accel.lowering import lower
 from dit_accel.methods import Clear, Method, find
 
 pytestmark = pytest.mark.filterwarnings("ignore:Clear is experimental")
@@ -127,24 +128,70 @@ def test_it_says_that_it_is_experimental():
     assert Clear().radius == 16
 
 
-@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_pooled_keys_beside_the_disc(backend, text_first):
-    layout, side = Layout((1, 16, 24), text=9, text_first=text_first), 4
+def pooled_brute(q, k, v, layout, radius, side, kv_valid=None):
+    """Loops over cells: their mean key and value beside the tokens, for image rows only; float64."""
+    _, height, width = layout.grid
+    b, n = q.shape[0], layout.tokens
+    live = torch.arange(n) < torch.tensor([n] * b if kv_valid is None else kv_valid.tolist())[:, None]
+    keys, values, seen = [k.double()], [v.double()], [live]
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            y, x = torch.meshgrid(torch.arange(top, top + side), torch.arange(left, left + side), indexing="ij")
+            cell = layout.main.start + (y * width + x).flatten()
+            weight = live[:, cell].double() / live[:, cell].sum(1, keepdim=True).clamp_min(1)
+            for held, tensor in ((keys, k), (values, v)):
+                held.append((tensor[:, :, cell].double() * weight[:, None, :, None]).sum(2, keepdim=True))
+            seen.append(live[:, cell].any(1, keepdim=True))
+    cells = len(keys) - 1
+    rows = torch.zeros(n, cells, dtype=torch.bool)
+    rows[layout.main] = True  # text rows see no pooled key
+    mask = torch.cat([brute(layout, radius), rows], 1) & torch.cat(seen, 1)[:, None, None]
+    return scaled_dot_product_attention(q.double(), torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
+
+
+POOLED = [
+    (Layout((1, 16, 24), text=9), 4),
+    (Layout((1, 24, 20), text=6), 4),
+    (Layout((1, 24, 20), text=6, text_first=True, prefix=3), 4),
+    (Layout((1, 24, 20)), 4),
+    (Layout((1, 9, 15), text=70), 3),
+    (Layout((1, 4, 6), text=3), 2),
+    (Layout((1, 10, 34), text=200), 2),
+]
+
+
+@pytest.mark.parametrize(("layout", "side"), POOLED, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "auto", "gather"])
+def test_pooled_keys_beside_the_disc(backend, layout, side):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, layout.tokens, 16, generator=generator) for _ in range(3))
     out = attend(q, k, v, Clear(4, pool=side), layout=layout, backend=backend)
-
-    def cells(x):
-        image = x[:, :, layout.main].view(2, 3, 16 // side, side, 24 // side, side, 16)
-        return image.mean((3, 5)).flatten(2, 3)
-
-    keys, values = torch.cat([k, cells(k)], 2), torch.cat([v, cells(v)], 2)
-    pooled = torch.zeros(layout.tokens, keys.shape[2] - layout.tokens, dtype=torch.bool)
-    pooled[layout.main] = True  # text rows see no pooled key
-    mask = torch.cat([brute(layout, 4), pooled], 1)
-    expected = scaled_dot_product_attention(q.double(), keys.double(), values.double(), attn_mask=mask)
+    expected = pooled_brute(q, k, v, layout, 4, side)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_pooled_keys_of_padded_tokens(backend):
+    layout = Layout((1, 10, 14), text=11)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, layout.tokens, 16, generator=generator) for _ in range(3))
+    valid = torch.tensor([layout.tokens - 5, layout.tokens], dtype=torch.int32)
+    out = attend(q, k, v, Clear(5, pool=2), layout=layout, kv_valid=valid, backend=backend)
+    torch.testing.assert_close(out.double(), pooled_brute(q, k, v, layout, 5, 2, valid), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 64), (64, 32), (128, 128), (24, 40)])
+def test_pooled_plans_survive_any_tile(tile):
+    layout = Layout((1, 24, 20), text=6)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 8) for _ in range(3))
+    made = make(q, k, v, Clear(5, pool=4), layout=layout)
+    tiles = lower(made, tile)
+    slot = torch.arange(tiles.n_q) if tiles.order is None else tiles.order
+    mask = tiles.token_mask()[0, 0][slot >= 0]
+    mine = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
+    columns = torch.arange(tiles.n_k) if tiles.kv_order is None else tiles.kv_order
+    mine[slot[slot >= 0][:, None], columns[None]] = mask
+    assert torch.equal(mine, brute(layout, 5))
 
 
 def test_density_with_pooled_keys():
@@ -156,12 +203,3 @@ def test_density_with_pooled_keys():
     assert torch.equal(pooled.token_mask(), bare.token_mask())
     method, reached = Clear(pool=4).with_density(0.3, layout)
     assert make(q, k, v, method, layout=layout).density == pytest.approx(reached)
-
-
-def test_pooled_keys_need_whole_blocks_of_image_tokens():
-    layout = Layout((1, 4, 6), text=3)
-    q = torch.randn(1, 1, layout.tokens, 8)
-    size = plan(Clear(2), layout).q_blocks.size
-    assert 24 % size
-    with pytest.raises(UnsupportedError, match=f"whole blocks of {size}"):
-        make(q, q, q, Clear(2, pool=2), layout=layout)
