@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ...errors import UsageError
+from ...kernels.faults import DeviceLost
 from ..environment import environment
 from .cases import SECTIONS, SHAPES, cases
 from .document import fill, opened, write
@@ -17,7 +18,7 @@ from .table import markdown, plot
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 where the time ended first, 2 for a usage error."""
+    """0 done, 1 where the time ended first or the GPU's context broke, 2 for a usage error."""
     given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.kernels", description="Kernels against dense ones")
     add = parser.add_argument
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=float, default=1.0, help="to spend on each side of a case")
     add("--shapes", nargs="+", choices=tuple(SHAPES), help="of the section's, these alone")
     add("--methods", nargs="+", help="of the section's, these alone")
+    add("--cold", action="store_true", help="overwrite the GPU's L2 cache before every timed call")
     add("-o", "--output", type=Path, help="JSON; an existing one is continued")
     add("--plot", type=Path, help="picture of time over length; needs matplotlib")
     args = parser.parse_args(given)
@@ -38,12 +40,18 @@ def main(argv: list[str] | None = None) -> int:
         if (not args.shapes or case.shape in args.shapes) and (not args.methods or case.method in args.methods)
     ]  # fmt: skip
     try:
-        document = opened(args.output, args.section, environment(), given)
+        document = opened(args.output, args.section, environment(), given, cold=args.cold)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
     save = (lambda: write(document, args.output)) if args.output else lambda: None
-    done = fill(document, todo, args.minutes, lambda case: measure(case, device, seconds=args.seconds), save)
+    one = lambda case: measure(case, device, seconds=args.seconds, cold=args.cold)  # noqa: E731
+    try:
+        done = fill(document, todo, args.minutes, one, save)
+    except DeviceLost as error:
+        print(markdown(document))
+        print(f"{error}\nThe finished rows are {f'in {args.output}' if args.output else 'above'}", file=sys.stderr)
+        return 1
     print(markdown(document))
     if args.plot:
         plot(document, args.plot)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from unittest import mock
 
 import torch
 
+from ...kernels import timing
 from ..speed import summary
 
 # Tier as reported -> module whose ``attention`` is that tier.
@@ -20,36 +23,62 @@ _TIERS = {
 }  # fmt: skip
 
 
+# Larger than the L2 cache of any GPU so far.
+FLUSH_BYTES = 256 << 20
+# Calls of each side whose time on the host is taken.
+_HOST_CALLS = 3
+
+
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], device: str, *, seconds: float = 1.0, most: int = 20
-) -> dict[str, dict[str, float | int]]:
+    calls: Mapping[str, Callable[[], object]], device: str, *, seconds: float = 1.0, most: int = 20, cold: bool = False
+) -> dict[str, dict[str, Any]]:
     """:func:`~dit_accel.eval.speed.summary` of seconds per name, A B A B, after one untimed call of each.
 
-    CUDA events on a GPU, ``perf_counter`` else. As many rounds, 3 to ``most``, as end within ``seconds`` per callable.
+    As many rounds, 3 to ``most``, as end within ``seconds`` per callable. A callable may have ``context()``, which is
+    entered outside the time, and ``inside()``, which is then timed in its place.
+
+    On a GPU the device's time alone, which stays busy until a call is queued (:mod:`dit_accel.kernels.timing`). Beside
+    it ``host``: a summary of seconds until the call returned, on an idle device, and ``late``: the runs whose time
+    holds some of the host's. ``cold``: its L2 cache is overwritten before every timed call.
     """
-    one = _event if device == "cuda" else _host
+    cuda = device == "cuda"
+    sides = {name: (getattr(call, "inside", call), _context(call)) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
+    hosts: dict[str, list[float]] = {name: [] for name in calls}
+    late = dict.fromkeys(calls, 0)
+    flush = _flush() if cuda and cold else None
+    if cuda:
+        timing.cycles_per_second(torch.cuda.current_device())  # not in the first round, which says how many fit
+    for name, (run, context) in sides.items():
+        with context():
+            run()
+            if cuda:
+                hosts[name] = [timing.host_seconds(run) for _ in range(_HOST_CALLS)]
     rounds = most
-    for call in calls.values():
-        call()
     for number in range(most):
         if number >= rounds:
             break
-        for name, call in calls.items():
-            taken[name].append(one(call))
+        began = time.perf_counter()
+        for name, (run, context) in sides.items():
+            with context():
+                if cuda:
+                    spent, behind = timing.device_seconds(run, statistics.median(hosts[name]), flush)
+                    late[name] += behind
+                else:
+                    spent = _host(run)
+            taken[name].append(spent)
         if number == 0:
-            rounds = min(most, max(3, int(seconds * len(calls) / max(sum(t[0] for t in taken.values()), 1e-9))))
-    return {name: summary(times) for name, times in taken.items()}
+            rounds = min(most, max(3, int(seconds * len(calls) / max(time.perf_counter() - began, 1e-9))))
+    beside = {name: {"host": summary(hosts[name]), "late": late[name]} if cuda else {} for name in calls}
+    return {name: {**summary(times), **beside[name]} for name, times in taken.items()}
 
 
-def _event(call: Callable[[], object]) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+def _context(call: Callable[[], object]) -> Callable[[], contextlib.AbstractContextManager]:
+    return getattr(call, "context", contextlib.nullcontext)
+
+
+def _flush() -> Callable[[], object]:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
 
 
 def _host(call: Callable[[], object]) -> float:

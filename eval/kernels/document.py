@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...kernels.faults import DeviceLost, check_device
 from .cases import Case
 
 SCHEMA = 1
@@ -17,15 +18,23 @@ SCHEMA = 1
 _SAME = ("versions", "cpu", "gpus")
 
 
-def opened(path: Path | None, section: str, environment: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """The document at ``path`` to go on with, or a new one. Raises ``UsageError`` where it holds another run."""
+def opened(
+    path: Path | None, section: str, environment: dict[str, Any], arguments: Sequence[str], *, cold: bool = False
+) -> dict[str, Any]:
+    """The document at ``path`` to go on with, or a new one. Raises ``UsageError`` where it holds another run.
+
+    ``cold``: whether the L2 cache is overwritten before every timed call.
+    """
     command = shlex.join(["python", "-m", "dit_accel.eval.kernels", *arguments])
-    new = {"schema": SCHEMA, "section": section, "command": command, "environment": environment, "rows": {}}
+    new = {
+        "schema": SCHEMA, "section": section, "command": command, "environment": environment, "cold": cold, "rows": {},
+    }  # fmt: skip
     if path is None or not path.exists():
         return new
     found = json.loads(path.read_text(encoding="utf-8"))
     same = {name: found.get("environment", {}).get(name) == environment[name] for name in _SAME}
     same |= {name: found.get(name) == new[name] for name in ("schema", "section")}
+    same["choice of --cold"] = found.get("cold", False) == cold
     if not all(same.values()):
         other = ", ".join(name for name, equal in same.items() if not equal)
         raise UsageError(f"{path} was measured with another {other}; name another file with -o")
@@ -38,10 +47,11 @@ def fill(
 ) -> bool:  # fmt: skip
     """Measure what is missing, saving after each case. False where the time ended first.
 
-    A case that cannot run leaves a row with its ``failure``, which the next run tries again.
+    A case that cannot run leaves a row with its ``failure``, which the next run tries again, after all that were never
+    tried. Where it breaks the GPU's context, the row is kept and ``DeviceLost`` raised.
     """
     end, rows = clock() + 60 * minutes, document["rows"]
-    for case in todo:
+    for case in sorted(todo, key=lambda case: case.key in rows):
         if "failure" not in rows.get(case.key, {"failure": ""}):
             continue
         if clock() >= end:
@@ -50,6 +60,11 @@ def fill(
             rows[case.key] = one(case)
         except Exception as error:
             rows[case.key] = {**case.to_dict(), "failure": f"{type(error).__name__}: {error}"[:400]}
+            try:
+                check_device(error)
+            except DeviceLost:
+                save()
+                raise
         save()
     return True
 

@@ -32,12 +32,14 @@ Side = Callable[[], Any]
 
 
 @torch.inference_mode()
-def measure(case: Case, device: str, *, seconds: float = 1.0, shape: Shape | None = None) -> dict[str, Any]:
+def measure(
+    case: Case, device: str, *, seconds: float = 1.0, shape: Shape | None = None, cold: bool = False
+) -> dict[str, Any]:
     """The row of ``case``. Raises what the method or the tier asked for raises.
 
-    ``seconds``: to spend on each side. ``times`` holds a summary in seconds of ``sparse`` (planning included; static
-    plans are kept, as pipelines keep them, others made in every call), ``kernel`` (the plan given), ``planning``,
-    ``whole`` (our kernel on all pairs) and each rival.
+    ``seconds``: to spend on each side. ``cold``: overwrite the L2 cache before every timed call. ``times`` holds a
+    summary in seconds of ``sparse`` (planning included; static plans are kept, as pipelines keep them, others made in
+    every call), ``kernel`` (the plan given), ``planning``, ``whole`` (our kernel on all pairs) and each rival.
     """
     shape = shape or SHAPES[case.shape]
     layout = shape.layout
@@ -68,7 +70,7 @@ def measure(case: Case, device: str, *, seconds: float = 1.0, shape: Shape | Non
     for name in [name for name in others if not error[name] < WRONG]:
         del others[name]
         why[name] = f"off by {error[name]:.2g} from the plan, so it is not compared"
-    times = in_turn({**dense, **sides, **others}, device, seconds=seconds)
+    times = in_turn({**dense, **sides, **others}, device, seconds=seconds, cold=cold)
     exact = [name for name in dense if "quantised" not in name]
     best = min(exact, key=lambda name: times[name]["median"])
     work = workload(made, tiles, shape)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 _TITLES = (
-    "shape", "tokens", "D", "case", "tier", "density", "best dense", "dense, ms", "ours, ms", "speed-up",
-    "of 1/d, own dense", "of 1/d, best dense", "TFLOP/s", "of dense rate", "planning", "FlexAttention, ms", "partial",
-    "longest row", "error",
+    "shape", "tokens", "D", "case", "tier", "density", "best dense", "dense, ms", "ours, ms", "host, ms",
+    "speed-up", "of 1/d, own dense", "of 1/d, best dense", "TFLOP/s", "of dense rate", "planning", "FlexAttention, ms",
+    "partial", "longest row", "error",
 )  # fmt: skip
 
 
@@ -28,6 +28,10 @@ def markdown(document: dict[str, Any]) -> str:
         for name, points in lengths(rows).items():
             if len(points) > 1:
                 notes.append(f"{name}: time grows with length to the power {exponent(points):.2f}")
+    if any("host" in row["times"]["sparse"] for row in rows):
+        caches = "overwritten" if document.get("cold") else "left as it was"
+        notes.append(f"times are the GPU's own, host: until the call returned; its L2 cache was {caches} between calls")
+    notes += [note for row in rows for note in _bound(row)]
     notes += [f"{key}: {row['failure']}" for key, row in document["rows"].items() if "failure" in row]
     return "\n".join([*lines, "", *notes])
 
@@ -42,11 +46,25 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{'+'.join(row['tiers'])}" + (f" ({row['backend']})" if row["backend"] != "auto" else ""),
         f"{row['kept']:.3f}", row["best_dense"], f"{1e3 * times[row['best_dense']]['median']:.2f}",
         f"{1e3 * ours['median']:.2f} (min {1e3 * ours['min']:.2f}, IQR {1e3 * ours['iqr']:.2f})",
+        f"{1e3 * ours['host']['median']:.2f}" if "host" in ours else "–",
         f"{row['speedup']:.2f}", f"{row['of_own']:.2f}", f"{row['of_best']:.2f}", f"{row['rate']:.3g}",
         f"{row['of_rate']:.2f}", f"{row['planning_share']:.1%}" if "planning_share" in row else "–",
         f"{1e3 * flex['median']:.2f}" if flex else "–", f"{work['partial']:.0%}", f"{work['longest']:.2f}",
         f"{row['error']['kernel']:.1e}",
     ]  # fmt: skip
+
+
+def _bound(row: dict[str, Any]) -> list[str]:
+    """Sides whose calls take the host longer than the device: run alone, they take the host's time."""
+    slow = {
+        name: taken["host"]["median"] for name, taken in row["times"].items()
+        if name in ("sparse", row["best_dense"]) and "host" in taken and taken["host"]["median"] > taken["median"]
+    }  # fmt: skip
+    what = row["method"] or "dense"
+    return [
+        f"{row['shape']} {what}: {name} takes the host {1e3 * host:.2f} ms, waiting included, longer than the GPU"
+        for name, host in slow.items()
+    ]
 
 
 def lengths(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -8,11 +8,12 @@ import torch
 from dit_accel.eval.kernels import measure as module
 from dit_accel.eval.kernels import rivals
 from dit_accel.eval.kernels.cases import Case, Shape
-from dit_accel.eval.kernels.clock import in_turn, observed
+from dit_accel.eval.kernels.clock import observed
 from dit_accel.eval.kernels.measure import measure, workload
 from dit_accel.eval.kernels.table import markdown
 from dit_accel.kernels import BlockList, TilePlan, autotune
 from dit_accel.kernels.block_sparse import block_sparse_attention
+from dit_accel.kernels.faults import DeviceLost
 
 SHAPE = Shape((4, 8, 16), heads=2, dim=16)
 
@@ -65,6 +66,30 @@ def test_a_rival_that_raises_says_why():
     assert why == {"bad": "RuntimeError: no kernel for this"}
 
 
+def test_a_rival_that_breaks_the_device_ends_the_run():
+    def broken():
+        raise torch.AcceleratorError("illegal address")
+
+    calls = {"bad": broken}
+    with pytest.raises(DeviceLost, match="illegal address"):
+        rivals.usable(calls, {})
+
+
+def test_a_rivals_kernel_may_fail_after_its_call(monkeypatch):
+    """The wait belongs to the call that made the kernel."""
+    waited = []
+
+    def synchronize():
+        waited.append(1)
+        if len(waited) == 1:
+            raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    calls, why = {"late": lambda: SimpleNamespace(is_cuda=True), "good": lambda: torch.ones(1)}, {}
+    assert set(rivals.usable(calls, why)) == {"good"}
+    assert why == {"late": "RuntimeError: unspecified launch failure"}
+
+
 @pytest.mark.parametrize(("quant", "others"), [(None, ["tested"]), ("sage2", [])])
 def test_our_kernel_on_all_pairs_is_tuned_as_the_plan_is(monkeypatch, quant, others):
     """The kinds of calls that are warmed are those that are then timed: whole tiles have a kind of their own."""
@@ -110,13 +135,6 @@ def test_workload_of_uneven_rows():
     assert work["partial"] == pytest.approx(1 / 3)
     assert work["longest"] == pytest.approx(2 / 1.5)
     assert work["flops"] == pytest.approx(4 * 64 * 2 * 3 * 0.75)
-
-
-def test_sides_take_turns():
-    order = []
-    times = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", seconds=0)
-    assert order == ["a", "b"] * 4
-    assert times["a"]["runs"] == 3
 
 
 def test_the_tier_seen_is_the_one_that_ran():
