@@ -112,8 +112,11 @@ class Rectified(Method):
     def with_density(self, density: float, layout: Layout) -> tuple[Rectified, float]:
         """Solve ``density`` for the whole plan with its text, then ``block_size`` where that misses by over 20 %.
 
-        Of few large blocks too many touch. The figure returned takes the blocks that are always kept for some of the
-        most important ones, as they mostly are, and ``top_p`` for no more than that; which they are, tensors decide.
+        Of few large blocks too many touch. ``top_p`` is lowered to the share of blocks that ``density`` keeps, so that
+        flat rows keep no more. Which blocks are the most important ones, tensors decide: those that are always kept may
+        be among them, as on smooth content, or be no likelier than others, as on noise. The figure returned is the
+        middle of the two, where the bundled model's tensors lie; noise and smooth content have up to a quarter more
+        and less.
         """
         wanted, best, size = check_density(density), None, self.block_size
         while best is None or (size >= SMALLEST and abs(best[1] - wanted) > 0.2 * wanted):
@@ -129,14 +132,16 @@ class Rectified(Method):
         forced = torch.zeros(blocks) if regions.always is None else regions.always.sum(-1)
 
         def reached(count: int) -> float:
-            listed = float((regions.main.diff() * forced.clamp_min(count)).sum()) * main / blocks
+            apart = forced + count * (1 - forced / blocks)
+            kept = (forced.clamp_min(count) + apart) / 2
+            listed = float((regions.main.diff() * kept).sum()) * main / blocks
             return (listed + n * n - main * main) / n**2
 
         best = min(range(1, blocks + 1), key=lambda count: abs(reached(count) - wanted))
         share = best / blocks
         if int(share * blocks) < best:
             share = math.nextafter(share, 2)
-        return replace(self, density=share), reached(best)
+        return replace(self, density=share, top_p=min(self.top_p, best / blocks)), reached(best)
 
     def _least(self, blocks: int) -> int:
         """Key blocks of ``blocks`` that a query block keeps at least."""

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.errors import UnsupportedError, UsageError
+from dit_accel.eval.atlas import synthetic_tensors
 from dit_accel.functional import attend
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout, Segment
@@ -259,6 +260,13 @@ def test_with_density(layout, wanted):
     assert reached == pytest.approx(wanted, rel=0.2)
     q, k, v = (torch.randn(1, 1, layout.tokens, 4, generator=torch.Generator().manual_seed(2)) for _ in range(3))
     assert make(q, k, v, method, layout=layout).density == pytest.approx(reached, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", [Layout((33, 8, 10)), Layout((13, 20, 26)), Layout((1, 48, 40), text=70)], ids=str)
+@pytest.mark.parametrize("wanted", [0.1, 0.2, 0.5])
+def test_the_density_told_is_that_of_smooth_tensors(layout, wanted):
+    method, told = Pisa().with_density(wanted, layout)
+    assert make(*synthetic_tensors(layout), method, layout=layout).density == pytest.approx(told, rel=0.1)
 
 
 def test_the_published_flux_blocks():

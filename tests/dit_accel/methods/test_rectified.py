@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import UnsupportedError, UsageError
+from dit_accel.eval.atlas import synthetic_tensors
 from dit_accel.functional import attend
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
@@ -442,6 +443,17 @@ def test_with_density_takes_smaller_blocks_where_too_many_touch():
         assert reached == pytest.approx(density, rel=0.1)
     assert Rectified(neighbors=False).with_density(0.15, layout)[0].block_size == 128
     assert Rectified(block_size=16).with_density(0.01, layout)[0].block_size == 16
+
+
+@pytest.mark.parametrize("layout", [Layout((33, 8, 10)), Layout((13, 20, 26)), Layout((1, 48, 40), text=70)], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.2, 0.3, 0.5])
+def test_the_density_told_is_near_that_of_noise_and_of_smooth_tensors(layout, density):
+    method, told = Rectified().with_density(density, layout)
+    g = torch.Generator().manual_seed(0)
+    noise = [torch.randn(1, 2, layout.tokens, 32, generator=g) for _ in range(3)]
+    found = [make(*qkv, method, layout=layout).density for qkv in (noise, synthetic_tensors(layout))]
+    assert found == [pytest.approx(told, rel=0.28)] * 2
+    assert method.top_p <= method.density
 
 
 def test_presets():
