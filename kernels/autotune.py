@@ -7,7 +7,9 @@ Never inside a call: :func:`warm` measures, and calls look up what it found. By 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,11 +21,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import timing
+from .faults import DeviceLost, check_device
 from .tileplan import TilePlan
 from .tuning import Tuning, tuning
 
-VERSION = 1
+VERSION = 2
 VARIABLE = "DIT_ACCEL_TUNING"
+# Tokens up to which a call is of a class: what fills a short grid best is not what serves a long loop best.
+SIZES = (1024, 4096, 16384)
+# What a variant must gain to be taken: two runs of one entry differ by about as much.
+GAIN = 0.02
+# ||out - that of the entry tuned from|| / ||that||: the sizes of blocks change the order of sums, nothing else.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -35,8 +45,10 @@ def warm(
     """Find the fastest block sizes for calls like this one and keep them, unless they are known.
 
     q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv) on an NVIDIA GPU, which is busy for a second or two and waited
-    for. ``timer``: milliseconds of a launch, the median of several. ``again``: measure what is known too. Returns the
-    entry, or None where the kernel does not serve these tensors. A size that does not compile or run is left out.
+    for. ``timer``: the time of a launch, the median of several. ``again``: measure what is known too. Returns the
+    entry, or None where the kernel does not serve these tensors or no size could be measured, which is warned of and
+    not kept. A size that does not compile or run is left out; so is one whose output is not the table's, with a
+    warning. Raises ``DeviceLost`` where one breaks the GPU's context.
     """
     from .block_sparse import triton as tier
 
@@ -49,29 +61,72 @@ def warm(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     timer = timer or _time
     base = tier.tuning_for(plan, q, dim, plan.tile_q, plan.tile_k)
+    name = kind(plan, q, dim)
+    failed: list[str] = []
+
+    def launch(entry: Tuning) -> Tensor:
+        return tier.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, entry=entry)[0]
 
     def cost(entry: Tuning) -> float:
         try:
-            return timer(lambda: tier.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, entry=entry))
+            return timer(lambda: launch(entry))
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            return float("inf")
+            check_device(error)
+            failed.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            return math.inf
 
-    best = search(base, cost)
-    store(gpu(q.device), kind(plan, q, dim), best)
+    # Of the first entry that runs, which is the table's nearly always.
+    expected: list[Tensor] = []
+
+    def right(entry: Tuning) -> bool:
+        out = launch(entry)
+        if not expected:
+            expected.append(out)
+            return True
+        error = distance(out, expected[0])
+        if error <= TOLERANCE[q.dtype]:
+            return True
+        warnings.warn(f"autotune: {entry} is off by {error:.1e} for {name}; it is not used, report this", stacklevel=2)
+        return False
+
+    best = search(base, cost, right)
+    if best is None:
+        warnings.warn(f"autotune: nothing ran for {name}, so nothing is kept ({failed[0]})", stacklevel=2)
+        return None
+    store(gpu(q.device), name, best)
     return best
 
 
-def search(base: Tuning, cost: Callable[[Tuning], float]) -> Tuning:
-    """The cheapest of a few variations of ``base``, one choice after the other; ``base`` where none can be measured."""
-    best, least = base, cost(base)
-    for choices in (_shapes, _pipelines, _grids):
+def search(
+    base: Tuning, cost: Callable[[Tuning], float], right: Callable[[Tuning], bool] = lambda entry: True
+) -> Tuning | None:
+    """The cheapest of a few variations of ``base``, one choice after the other; None where none can be measured.
+
+    ``cost``: inf for one that does not run. ``right``: asked once of each entry that would be taken, ``base`` first. A
+    later one must be cheaper by :data:`GAIN`.
+    """
+    best, least = base, math.inf
+    for choices in (lambda entry: [entry], _shapes, _pipelines, _grids):
         for entry in choices(best):
             this = cost(entry)
-            if this < least:
+            if this < least * (1 - GAIN) and right(entry):
                 best, least = entry, this
-    return best
+    return best if math.isfinite(least) else None
+
+
+def distance(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected|| over all elements, inf where ``out`` is not finite and ``expected`` is."""
+    square = total = 0.0
+    for one, other in zip(out.flatten(0, 1), expected.flatten(0, 1), strict=True):  # a head at a time: float32 copies
+        known = other.isfinite()
+        other = other.double().where(known, 0.0)
+        square += float((one.double().where(known, 0.0) - other).square().sum())
+        total += float(other.square().sum())
+    if not math.isfinite(square):
+        return math.inf
+    return math.sqrt(square / total) if total else math.sqrt(square)
 
 
 def _shapes(entry: Tuning) -> list[Tuning]:
@@ -97,12 +152,14 @@ def found(plan: TilePlan, q: Tensor, dim: int) -> Tuning | None:
 
 
 def kind(plan: TilePlan, q: Tensor, dim: int) -> str:
-    """The class of a call: element size, head dim class, tiles, and which of the kernel's loops are busy."""
+    """The class of a call: element size, head dim class, tiles, which of the kernel's loops are busy, and tokens."""
     limit = next((limit for limit in (64, 128, 256) if dim <= limit), dim)
     loop = "full" if plan.partial is None else "gathered" if plan.gathers else "tested"
     placed = "" if plan.kv_order is None else "-ordered"
     beside = "-beside" if plan.reps else ""
-    return f"{q.element_size() * 8}bit-d{limit}-q{plan.tile_q}-k{plan.tile_k}-{loop}{placed}{beside}"
+    tokens = max(plan.n_q, plan.n_k)
+    size = next((f"to{size // 1024}k" for size in SIZES if tokens <= size), f"over{SIZES[-1] // 1024}k")
+    return f"{q.element_size() * 8}bit-d{limit}-q{plan.tile_q}-k{plan.tile_k}-{loop}{placed}{beside}-{size}"
 
 
 @functools.cache
@@ -171,39 +228,40 @@ def _read(where: Path) -> dict[tuple[str, str], Tuning]:
 
 
 def _time(launch: Callable[[], object]) -> float:
-    """Milliseconds: the median of ten launches, timed by events after three unmeasured ones."""
+    """Seconds of the GPU's work in a launch: the median of ten after three unmeasured ones."""
     for _ in range(3):
         launch()
-    times = []
-    for _ in range(10):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        launch()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    host = timing.host_seconds(launch)
+    return statistics.median(timing.device_seconds(launch, host)[0] for _ in range(10))
 
 
 def main() -> int:
-    """Measure the usual kinds: whole blocks of 128 and 64, head dims 64 and 128, in bfloat16. 2 without a GPU."""
+    """Measure the usual kinds: whole blocks of 128 and 64, head dims 64 and 128, three lengths, in bfloat16.
+
+    1 where a kind could not be measured or the GPU's context broke, 2 without a GPU.
+    """
     from .blocklist import BlockList
 
     if not torch.cuda.is_available():
         print("autotune: no CUDA device; there is nothing to measure", file=sys.stderr)
         return 2
-    device, tokens, heads = torch.device("cuda"), 16384, 24
-    for dim in (64, 128):
+    device, heads, missed = torch.device("cuda"), 24, 0
+    for tokens, dim in itertools.product((16384, 32768, 4096), (64, 128)):
         q, k, v = (torch.randn(1, heads, tokens, dim, device=device, dtype=torch.bfloat16) for _ in range(3))
         for tile in (128, 64):
             n = tokens // tile
             mask = torch.rand(1, heads, n, n, device=device) < 0.25
             plan = TilePlan(tile, tile, tokens, tokens, BlockList.from_mask(mask), kept=True)
-            entry = warm(plan, q, k, v, again=True)
+            try:
+                entry = warm(plan, q, k, v, again=True)
+            except DeviceLost as error:
+                print(f"{error}\nWhat was found before is kept in {path()}", file=sys.stderr)
+                return 1
+            missed += entry is None
             table = tuning(torch.cuda.get_device_capability(device), dim, 2, tile, tile)
-            print(f"{kind(plan, q, dim)}: {entry}{' (the table)' if entry == table else ''}")
+            print(f"{kind(plan, q, dim)}: {entry}{' (the table)' if entry == table else ''}", flush=True)
     print(f"kept in {path()}")
-    return 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

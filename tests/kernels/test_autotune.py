@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from simulated import Simulated
 
-from dit_accel.kernels import Band, BlockList, Predicate, TilePlan, autotune
+from dit_accel.kernels import Band, BlockList, Predicate, TilePlan, autotune, timing
+from dit_accel.kernels.faults import DeviceLost
 from dit_accel.kernels.tuning import TABLE, tuning
 
 BASE = TABLE["sm90", 128]
@@ -50,7 +52,42 @@ def test_sizes_that_do_not_run_are_left_out():
     best = autotune.search(BASE, cost)
     assert (best.described, best.warps, best.persistent) != (64, 4, 1)
     assert best.warps == 4
-    assert autotune.search(BASE, lambda entry: float("inf")) == BASE
+    assert autotune.search(BASE, lambda entry: float("inf")) is None
+
+
+def test_a_base_that_does_not_run_gives_way_to_one_that_does():
+    best = autotune.search(BASE, lambda entry: 1.0 if entry.described == 64 else float("inf"))
+    assert best == replace(BASE, described=64)
+
+
+def test_less_than_the_spread_is_no_gain():
+    assert autotune.search(BASE, lambda entry: 1.0 if entry == BASE else 0.99) == BASE
+    assert autotune.search(BASE, lambda entry: 1.0 if entry == BASE else 0.9) != BASE
+
+
+def test_a_wrong_entry_is_never_taken_however_fast():
+    asked = []
+
+    def right(entry):
+        asked.append(entry)
+        return entry.warps == 8
+
+    best = autotune.search(BASE, lambda entry: entry.warps + entry.stages, right)
+    assert best.warps == 8
+    assert best.stages == 2
+    assert asked[0] == BASE
+    assert any(entry.warps == 4 for entry in asked)
+
+
+def test_the_distance_of_two_outputs():
+    a = torch.randn(2, 3, 5, 7)
+    assert autotune.distance(a, a) == 0
+    assert autotune.distance(1.5 * a, a) == pytest.approx(0.5)
+    hole = a.clone()
+    hole[1, 2, 3] = torch.nan
+    assert autotune.distance(hole, a) == float("inf")
+    assert autotune.distance(a, hole) == 0
+    assert autotune.distance(a, torch.zeros_like(a)) > 1
 
 
 def test_entries_are_kept_by_gpu_and_kind(file):
@@ -73,7 +110,8 @@ def test_no_file_and_another_version_are_an_empty_table(file):
     assert autotune._entries(file) == {}
 
 
-BROKEN = ["", "{", "[]", '{"version": 1}', '{"version": 1, "entries": {"a|b": {"block_q": 1}}}']
+VERSION = f'"version": {autotune.VERSION}'
+BROKEN = ["", "{", "[]", f"{{{VERSION}}}", f'{{{VERSION}, "entries": {{"a|b": {{"block_q": 1}}}}}}']
 
 
 @pytest.mark.parametrize("text", BROKEN)
@@ -98,7 +136,16 @@ def test_kinds_of_calls_differ_where_the_kernel_does():
         for dim in (64, 72)
     }
     assert len(kinds) == 16
-    assert autotune.kind(plan(), q, 72) == autotune.kind(plan(), q, 128) == "16bit-d128-q128-k128-full"
+    assert autotune.kind(plan(), q, 72) == autotune.kind(plan(), q, 128) == "16bit-d128-q128-k128-full-to1k"
+
+
+def test_lengths_fall_into_few_classes():
+    q = torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)
+    kinds = [
+        autotune.kind(replace(plan(), n_q=n_q, n_k=n_k), q, 64).rsplit("-", 1)[1]
+        for n_q, n_k in ((1024, 1), (1025, 1), (4096, 4096), (1, 4097), (16384, 1), (16385, 1), (131072, 131072))
+    ]
+    assert kinds == ["to1k", "to4k", "to4k", "to16k", "to16k", "over16k", "over16k"]
 
 
 def test_the_folder_follows_the_platform(monkeypatch, tmp_path):
@@ -114,22 +161,42 @@ def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None and not os.environ.get("CI"), reason="needs Triton")
-def test_warm_measures_once_and_calls_then_use_it(monkeypatch):
-    """On tensors that say they are on a GPU: what a launch takes is the invented time of its entry."""
+class Faked:
+    """A tensor that says it is on a GPU. ``launched``: the entries of all launches; ``answer``: what one gives."""
+
+    device = torch.device("cuda:0")
+    dtype, shape = torch.bfloat16, torch.Size((1, 2, 256, 128))
+    element_size = torch.zeros(1, dtype=dtype).element_size
+
+    def __init__(self):
+        self.launched = []
+        self.answer = lambda entry: torch.ones(1, 2, 3, 4)
+
+    def launch(self, *args, entry, **how):
+        self.launched.append(entry)
+        return self.answer(entry), None
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
+        pytest.skip("needs Triton")
     from dit_accel.kernels.block_sparse import triton as tier
 
-    class Fake:
-        device = torch.device("cuda:0")
-        dtype, shape = torch.bfloat16, torch.Size((1, 2, 256, 128))
-        element_size = torch.zeros(1, dtype=dtype).element_size
-
-    launched = []
+    made = Faked()
     monkeypatch.setattr(tier, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "An H200")
     monkeypatch.setattr(autotune, "gpu", lambda device: "An H200 sm90")
-    monkeypatch.setattr(tier, "attention", lambda *args, entry, **how: launched.append(entry))
+    monkeypatch.setattr(tier, "attention", made.launch)
+    return made
+
+
+def test_warm_measures_once_and_calls_then_use_it(faked):
+    """On tensors that say they are on a GPU: what a launch takes is the invented time of its entry."""
+    from dit_accel.kernels.block_sparse import triton as tier
+
+    launched = faked.launched
 
     def timer(launch):
         launch()
@@ -137,16 +204,76 @@ def test_warm_measures_once_and_calls_then_use_it(monkeypatch):
             raise RuntimeError("out of resource: shared memory")
         return 2.0 if launched[-1].described == 128 else 1.0
 
-    q = Fake()
+    q = faked
     assert tier.tuned(plan(), q, 128) == tuning((9, 0), 128, 2, 128, 128)
     best = autotune.warm(plan(), q, q, q, timer=timer)
     assert best.described == 64
     assert best.stages != 4
     count = len(launched)
-    assert 5 < count <= 12
+    assert 5 < count <= 15
     assert autotune.warm(plan(), q, q, q, timer=timer) == best == tier.tuned(plan(), q, 128)
     assert len(launched) == count
     assert tier.tuned(plan(64), q, 128) != best
     autotune.warm(plan(), q, q, q, timer=timer, again=True)
     assert len(launched) > count
     assert autotune.warm(plan(), torch.zeros(1, 2, 256, 128), q, q) is None
+
+
+def test_what_could_not_be_measured_is_not_kept(faked, file):
+    def timer(launch):
+        raise RuntimeError("no kernel image\nmore")
+
+    with pytest.warns(UserWarning, match=r"nothing ran for 16bit-d128.*RuntimeError: no kernel image\)"):
+        assert autotune.warm(plan(), faked, faked, faked, timer=timer) is None
+    assert not file.exists()
+
+
+def test_a_fast_entry_with_another_output_is_warned_of_and_left_out(faked):
+    faked.answer = lambda entry: torch.ones(1, 2, 3, 4) * (1.5 if entry.described == 64 else 1.001)
+
+    def timer(launch):
+        launch()
+        return {64: 1.0, 128: 2.0}[faked.launched[-1].described]
+
+    with pytest.warns(UserWarning, match=r"described=64.* is off by 5.0e-01 for 16bit"):
+        best = autotune.warm(plan(), faked, faked, faked, timer=timer)
+    assert best.described == 128
+
+
+def test_a_broken_device_ends_the_search(faked, file):
+    def timer(launch):
+        launch()
+        if len(faked.launched) > 2:
+            raise torch.AcceleratorError("illegal address")
+        return 1.0
+
+    with pytest.raises(DeviceLost):
+        autotune.warm(plan(), faked, faked, faked, timer=timer)
+    assert len(faked.launched) == 3
+    assert not file.exists()
+
+
+def test_the_time_of_a_launch_is_the_devices(monkeypatch):
+    device = Simulated().install(monkeypatch, timing)
+    assert autotune._time(lambda: device.work(4e-4, 1e-4)) == pytest.approx(1e-4)
+    timing.cycles_per_second.cache_clear()
+
+
+def test_a_kind_without_an_entry_ends_with_1(monkeypatch, capsys):
+    """Every length, head dim and tile is asked for on the GPU."""
+    asked = []
+
+    def warm(plan, q, k, v, *, again):
+        asked.append((autotune.kind(plan, q, q.shape[-1]), again))
+        return None if len(asked) == 1 else BASE
+
+    plain = {name: getattr(torch, name) for name in ("randn", "rand")}
+    for name, made in plain.items():
+        monkeypatch.setattr(torch, name, lambda *shape, device, made=made, **how: made(1).expand(*shape))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(autotune, "warm", warm)
+    assert autotune.main() == 1
+    assert len(set(asked)) == 12
+    assert capsys.readouterr().out.count("None") == 1
+    assert all(again for _, again in asked)
