@@ -45,6 +45,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, for plans that :func:`refuses` lets pass."""
+    # The kernel takes a head dim without gaps for granted and reads other memory where there are some.
+    q = q if q.stride(-1) == 1 else q.contiguous()
     if not _as_runs(k, v, plan, alive is not None):
         return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
     if "runs" not in plan._memo:
