@@ -50,12 +50,17 @@ class Acceleration:
 class Choice:
     """The decision. ``processor`` is None for dense attention. ``density``: the plan's on the video tokens, if known.
 
-    ``notes``: what the user should hear.
+    ``notes``: what the user should hear. ``asked``: the density that was asked for, if any.
     """
 
     processor: Processor | None
     density: float | None = None
     notes: tuple[str, ...] = ()
+    asked: float | None = None
+
+    def missed(self, had: float | None) -> bool:
+        """Whether a run that ``had`` this density misses the one asked for by more than a fifth."""
+        return self.asked is not None and had is not None and abs(had - self.asked) > MISS * self.asked
 
     @property
     def name(self) -> str:
@@ -95,7 +100,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         processor = Processor(method, quant=accel.quant, schedule=schedule, **_running(accel))
     if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
-    return Choice(processor, density, tuple(notes))
+    return Choice(processor, density, tuple(notes), accel.density)
 
 
 def _preset(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames: int, steps: int) -> Choice:

@@ -147,6 +147,8 @@ def _one(pipe: Any, plan: Plan, outcome: Outcome, judge: Judge | None, tell: Lis
         "settings": outcome.settings,
         "notes": list(shot.choice.notes),
     }
+    if shot.choice.asked is not None:
+        record["density_asked"] = shot.choice.asked
     pair = None
     if job.compare and shot.choice.processor is not None:
         pair = compare(pipe, shot, repeats=job.repeats, swap=shot.number % 2 == 0, tell=tell)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..pipelines.prompts import parse_size
     from .console import Console, calm_libraries
-    from .render_report import attention_line, attention_report, compare_report, summary_report
+    from .render_report import attention_line, attention_report, compare_report, density_report, summary_report
 
     console = Console(json=args.json)
     size = parse_size(args.size) if args.size else None
@@ -51,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     calm_libraries()
     pipe = load(info, dtype=args.dtype, device=args.device)
     pipe.set_progress_bar_config(disable=True)
-    rows, verdicts = [], []
+    rows, verdicts, runs = [], [], []
     for number, shot in enumerate(shots):
         pair = compare(pipe, shot, repeats=args.repeats, swap=bool(number % 2))
         verdict = judge(pair)
         verdicts.append(verdict)
         fast = pair.fast[-1]
+        runs.append((shot, fast.attention))
         rows.append({"prompt": shot.prompt, "seed": shot.seed, "compare": verdict, "attention": fast.attention,
                      "peak_memory_bytes": fast.peak_memory and fast.peak_memory["allocated"]})  # fmt: skip
         console.say(f"{shot.prompt} (seed {shot.seed}): {attention_line(shot)}")
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if len(verdicts) > 1:
         for line in summary_report(summary):
             console.say(line)
+    for line in density_report(runs):
+        console.note(line)
     record.finish(args, "speed", {"model": info.name, "steps": shots[0].steps, "rows": rows, "summary": summary})
     return 0
 

@@ -101,6 +101,18 @@ def attention_report(attention: dict[str, Any]) -> list[str]:
     return lines + [f"warning: {text}" for text in attention["warnings"] if not text.startswith("guard:")]
 
 
+def density_report(runs: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+    """One line where finished runs, each a shot and what its attention did, had another density than was asked for."""
+    missed = [(shot.choice, a["density"]) for shot, a in runs if shot.choice.missed(a.get("density"))]
+    if not missed:
+        return []
+    choice, had = missed[0][0], sorted(density for _, density in missed)
+    span = _number(had[0]) if had[-1] - had[0] < 0.0005 else f"{_number(had[0])} to {_number(had[-1])}"
+    where = f" in {len(missed)} of {len(runs)} outputs" if len(runs) > 1 else ""
+    return [f"note: density {choice.asked:g} was asked for and {choice.name} had {span}{where}; its own parameters, by "
+            "--param, can bring it nearer (dit-accel methods lists them)"]  # fmt: skip
+
+
 def compare_report(compare: dict[str, Any] | None) -> list[str]:
     """The comparison as a small table, the bound beside the measurement."""
     if not compare:
@@ -152,6 +164,9 @@ _ROWS = (
 def end_of_job(console: Console, plan: Any, *, interrupted: bool) -> int:
     """Print the summary; the exit code."""
     count = {status: sum(o.status == status for o in plan.outcomes) for status in (*_WORDS, "pending")}
+    runs = [(o.shot, o.record["attention"]) for o in plan.outcomes if o.record and o.record.get("attention")]
+    for line in density_report(runs):
+        console.note(line)
     parts = [f"{count[status]} {word}" for status, word in _WORDS.items() if count[status]]
     if interrupted:
         console.note(

@@ -65,6 +65,24 @@ def test_json_is_one_document_on_stdout_and_text_on_stderr(render, capsys):
     assert "2 rendered" in captured.err
 
 
+@pytest.mark.parametrize("method", ["radial", "rectified", "pisa"])
+def test_a_run_that_missed_the_density_asked_for_says_so(method, plain, monkeypatch, capsys, tmp_path):
+    from dit_accel.pipelines import attention, generate
+
+    asked = ["--method", method, "--density", "0.5", "--dense-steps", "0", "--backend", "reference"]
+    measured = attention.counted
+    monkeypatch.setattr(generate, "counted", lambda pipe: {**measured(pipe), "density": 0.59})
+    assert plain(*asked, "-o", tmp_path / "near") == 0
+    assert "was asked for" not in capsys.readouterr().err
+    monkeypatch.setattr(generate, "counted", lambda pipe: {**measured(pipe), "density": 0.75})
+    assert plain(*asked, "-o", tmp_path / "far") == 0
+    assert f"density 0.5 was asked for and {method} had 0.750 in 2 of 2 outputs" in capsys.readouterr().err
+    record = json.loads((tmp_path / "far" / "0001-a-red-ball-s42.json").read_text())
+    assert (record["density_asked"], record["attention"]["density"]) == (0.5, 0.75)
+    assert plain(*asked, "-o", tmp_path / "far", "--resume") == 0
+    assert "had 0.750 in 2 of 2 outputs" in capsys.readouterr().err
+
+
 def test_quiet_prints_nothing(render, capsys):
     assert render("--quiet") == 0
     assert capsys.readouterr() == ("", "")
