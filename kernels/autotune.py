@@ -173,15 +173,22 @@ def gpu(device: torch.device) -> str:
 
 def path() -> Path:
     """The file: ``DIT_ACCEL_TUNING``, or ``dit_accel/tuning.json`` in the user's cache folder."""
-    if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE])
-    if sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "dit_accel" / "tuning.json"
+    named = os.environ.get(VARIABLE)
+    return _path(named, None if named else os.environ.get(_FOLDER))
+
+
+# The variable that names the user's cache folder where there is one.
+_FOLDER = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+
+
+@functools.cache
+def _path(named: str | None, folder: str | None) -> Path:
+    """Kept, since every call of the kernel asks for it."""
+    if named:
+        return Path(named)
+    fallback = {"win32": ("AppData", "Local"), "darwin": ("Library", "Caches")}.get(sys.platform, (".cache",))
+    where = Path(folder) if folder and sys.platform != "darwin" else Path.home().joinpath(*fallback)
+    return where / "dit_accel" / "tuning.json"
 
 
 def store(name: str, call: str, entry: Tuning) -> None:

@@ -6,6 +6,7 @@ each of them offline (``tests/kernels/block_sparse/test_triton_compile.py``); no
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 
@@ -70,6 +71,11 @@ def tuning(capability: tuple[int, int] | None, dim: int, itemsize: int, tile_q: 
     else:
         limit = next(limit for limit in (64, 128, 256) if dim <= limit)
         entry = TABLE["float32" if itemsize == 4 else architecture(capability), limit]
+    return _fitted(entry, tile_q, tile_k)
+
+
+@functools.cache
+def _fitted(entry: Tuning, tile_q: int, tile_k: int) -> Tuning:
     block_q = fit(tile_q, entry.block_q)
     return replace(
         entry, block_q=block_q, full=fit(tile_k, entry.full), tested=fit(tile_k, entry.tested),
