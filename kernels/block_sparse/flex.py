@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..blocklist import BlockList
 from ..tileplan import TilePlan
-from . import flex_reps, gather
+from . import flex_options, flex_reps, gather
 from .flex_tables import Cells, MaskKind, Tables
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,6 +36,8 @@ def refuses(q: Tensor, plan: TilePlan, *, return_lse: bool) -> str | None:
         return f"dtype {q.dtype}; FlexAttention takes float32, float16 and bfloat16"
     if return_lse and q.device.type == "cpu":
         return "an LSE was asked for; FlexAttention returns none on CPU"
+    if q.device.type != "cpu" and (why := flex_options.refuses((plan.tile_q, plan.tile_k), q.shape[-1])) is not None:
+        return why
     return unavailable(q.device.type)
 
 
@@ -88,6 +90,7 @@ def attention(
         scale=float(scale),
         tests=tables.tests,
         biased=bias is not None,
+        options=_options(q.device.type, (plan.tile_q, plan.tile_k), max(q.shape[-1], v.shape[-1]), q.dtype),
     )
     run = _compiled(kind)
     out = run(q, k, v, tables, None if bias is None else Cells.of(bias, b, h))
@@ -101,7 +104,7 @@ class Kind:
     """What one compiled function is for. Token counts and everything else about a plan are data.
 
     ``shape``: B, H, Hk, D, Dv. ``bshd``: whether q, k, v have tokens before heads in memory. ``table``: B1, H1 of
-    the lists. ``tests``: None without partial tiles.
+    the lists. ``tests``: None without partial tiles. ``options``: of the GPU's kernel, None on CPU.
     """
 
     dtype: torch.dtype
@@ -112,6 +115,7 @@ class Kind:
     scale: float
     tests: MaskKind | None
     biased: bool
+    options: tuple[tuple[str, int | str], ...] | None = None
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -119,6 +123,12 @@ def _dense(x: Tensor) -> Tensor:
     x = x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
     maybe_mark_dynamic(x, 2)
     return x
+
+
+def _options(
+    device: str, tile: tuple[int, int], dim: int, dtype: torch.dtype
+) -> tuple[tuple[str, int | str], ...] | None:
+    return None if device == "cpu" else tuple(flex_options.options(tile, dim, dtype).items())
 
 
 class _Run:
@@ -167,6 +177,7 @@ def _compile(kind: Kind):
     tested = kind.tests is not None
     gated, ruled = tested and kind.tests.gate, tested and kind.tests.predicate
     tile, scale, scored, gqa = kind.tile, kind.scale, kind.biased, kind.shape[1] != kind.shape[2]
+    options = None if kind.options is None else dict(kind.options)
 
     def run(q, k, v, part_count, part_index, full_count, full_index, predicate, gate, bias):
         def mask_mod(b, h, qi, ki):
@@ -192,7 +203,9 @@ def _compile(kind: Kind):
             compute_q_blocks=False,
         )
         score = score_mod if scored else None
-        return flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=gqa)
+        return flex_attention(
+            q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options
+        )
 
     # The recompile limit is shared by all wrappers of one code object, so each kind gets its own.
     run.__code__ = run.__code__.replace(co_name=f"flex_block_sparse_{abs(hash(kind)) % 10**8}")
