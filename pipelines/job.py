@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from .acceleration import Acceleration, Choice, choose
 from .geometry import Geometry, geometry
 from .model import ModelInfo
@@ -161,7 +161,11 @@ def _shot(job: Job, info: ModelInfo, geo: Geometry, number: int, prompt: Prompt)
     _check_accepted(info, {name: _first(*values) for name, values in stated.items()})
     words = _default(info, "max_sequence_length") if info.family and info.family.joint else 0
     layout = geo.layout(width, height, frames, words or 0) if width else None
-    choice = choose(job.accel, info, layout=layout, frames=frames, steps=steps)
+    try:
+        choice = choose(job.accel, info, layout=layout, frames=frames, steps=steps)
+    except UnsupportedError as error:
+        told = f"{width}x{height} pixels, " if width else ""
+        raise UnsupportedError(f"{error} (for {told}{frames} frame{'s' * (frames > 1)} of {info.name})") from None
     if job.compare and choice.processor is None:
         raise UsageError(
             f"--compare sets a method against dense attention, and line {prompt.line} runs dense"

@@ -76,10 +76,16 @@ class Method:
     def check_model(self, model: ModelFacts) -> None:
         """Raise ``UnsupportedError`` when this method cannot serve ``model``. Asked when it is set on one.
 
-        The default asks :meth:`check` about a single image where the model makes nothing else.
+        The default asks :meth:`check` about a single image where the model makes nothing else. What an image of one
+        size cannot have is for the call to say.
         """
         if model.image:
-            self.check(_LARGE_IMAGE)
+            try:
+                self.check(_LARGE_IMAGE)
+            except UsageError:
+                pass
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{model.name} makes single images. {error}") from None
 
     def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan | None:
         """The plan of one call. q (B, H, Nq, D), k and v (B, Hk, Nk, D). None: this call is dense."""

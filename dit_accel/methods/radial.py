@@ -67,8 +67,8 @@ class Radial(Method):
     def check(self, layout: Layout) -> None:
         if layout.grid[0] < 2:
             raise UnsupportedError(
-                f"Radial thins attention between frames and needs more than one; this layout has grid {layout.grid}. "
-                "For images use GNA or Pisa, or method='dense'."
+                "Radial thins attention between frames and needs more than one; an image has one frame. For images use "
+                "GNA or Pisa, or method='dense'."
             )
 
     def plan(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, call: Call) -> Plan:

@@ -248,7 +248,10 @@ def test_no_prompts(render, prompts, capsys, content):
 
 def test_radial_on_an_image_model(tiny_image, plain, capsys):
     assert plain("--method", "radial", "--frames", "1", model=tiny_image) == 2
-    assert "Radial thins attention between frames" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "an image has one frame. For images use GNA or Pisa" in told
+    assert "(for 32x48 pixels, 1 frame of " in told
+    assert "grid" not in told
 
 
 def test_an_unsupported_model_class(configs_only, plain, capsys):

@@ -13,7 +13,7 @@ from dit_accel.functional import attend
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
 from dit_accel.lowering import lower
-from dit_accel.methods import Clear, Method, find
+from dit_accel.methods import Clear, Method, ModelFacts, find
 
 pytestmark = pytest.mark.filterwarnings("ignore:Clear is experimental")
 
@@ -118,6 +118,12 @@ def test_refusals():
         Clear(2.5)
     with pytest.raises(UnsupportedError, match="in the queries"):
         make(None, None, None, Clear(), layout=Layout((1, 8, 8)), kv_layout=Layout((1, 9, 9)))
+
+
+def test_a_cell_is_refused_on_the_image_it_does_not_divide_and_on_no_other():
+    flux = ModelFacts("Flux", {}, layers=1, image=True)
+    Clear(8, pool=3).check_model(flux)
+    Clear(8, pool=3).check(Layout((1, 12, 15)))
 
 
 def test_it_says_that_it_is_experimental():

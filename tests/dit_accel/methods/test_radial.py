@@ -12,7 +12,7 @@ from dit_accel.errors import UnsupportedError, UsageError
 from dit_accel.functional import plan as make
 from dit_accel.layout import Layout
 from dit_accel.lowering import lower
-from dit_accel.methods import Radial, RandomBlocks
+from dit_accel.methods import ModelFacts, Radial, RandomBlocks
 from dit_accel.methods.radial import half_width, kept, nominal_width, paper_reach
 
 
@@ -202,6 +202,13 @@ def test_density_is_solved_and_reported():
 def test_the_bundled_grid_leaves_radial_at_most_a_quarter():
     assert plan(Radial(block_size=64), Layout((33, 8, 10))).density <= 0.25
     assert plan(Radial(), Layout((33, 8, 10))).density <= 0.25
+
+
+def test_image_models_are_refused_without_a_grid_that_nobody_gave():
+    with pytest.raises(UnsupportedError, match=r"^Flux makes single images.*one frame.*GNA or Pisa") as told:
+        Radial().check_model(ModelFacts("Flux", {}, layers=2, image=True))
+    assert "grid" not in str(told.value)
+    Radial().check_model(ModelFacts("Wan", {}, layers=2))
 
 
 def test_images_are_refused_by_name():
