@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 LONGEST = [
     "kernels/block_sparse/test_triton.py",
     "kernels/quant/test_triton.py",
+    "dit_accel/test_simulated.py",
     "kernels/block_sparse/test_tiers.py",
     "kernels/block_sparse/test_triton_compile.py",
     "dit_accel/diffusers/test_compile.py",

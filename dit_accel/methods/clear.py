@@ -92,13 +92,18 @@ class Clear(Method):
         inside = discs.q_blocks.bounds[1:] <= image
         if call.kv_valid is not None:
             live = torch.arange(layout.tokens, device=k.device) < call.kv_valid.to(k.device)[:, None]
-        (_, height, width), side = layout.grid, self.pool
-        token = layout.main.start + torch.arange(image).view(height, width)
-        cells = token.view(height // side, side, width // side, side).transpose(1, 2).flatten()
-        bounds = torch.arange(0, image + 1, side**2)
-        means = [block_means(x, bounds, live=live, order=cells.to(k.device)) for x in (k, v)]
-        (key, count), (value, _) = means
-        seen = BlockList.from_mask(inside[None, None, :, None].expand(-1, -1, -1, len(bounds) - 1)).to(k.device)
+        bounds = torch.arange(0, image + 1, self.pool**2)
+
+        def placed() -> tuple[Tensor, BlockList]:
+            """Tokens cell by cell, and who sees the cells; on the device, sent there once."""
+            (_, height, width), side = layout.grid, self.pool
+            token = layout.main.start + torch.arange(image).view(height, width)
+            cells = token.view(height // side, side, width // side, side).transpose(1, 2).flatten()
+            seen = BlockList.from_mask(inside[None, None, :, None].expand(-1, -1, -1, len(bounds) - 1))
+            return cells.to(call.device), seen.to(call.device)
+
+        cells, seen = call.state.plan(("clear cells", self, layout, call.device), placed)
+        (key, count), (value, _) = (block_means(x, bounds, live=live, order=cells) for x in (k, v))
         # Keys beside the exact ones, which stand for nobody: no weight of their number, and no pair seen through them.
         nobody = torch.zeros_like(bounds)
         return Group(key.to(k.dtype), value.to(v.dtype), (count > 0).int(), seen, nobody)

@@ -110,7 +110,7 @@ class Pisa(Method):
         live = None if call.kv_valid is None else _live(k.shape[2], call.kv_valid.to(k.device))
         where = {"live": live, "order": kv_order}
         pooled = _pool(k, v, keys, where, moments=self.order == "hybrid", norms=self.norm_bias)
-        query, _ = block_means(q, queries.bounds, order=order)
+        query, _ = block_means(q, queries.bounds, order=order, placed=queries.on(q.device))
         exact = self._select(query, pooled, count, call.scale)
         beside_q, beside_k = queries.beside, keys.beside
         width = count + sum(beside_k) if not any(beside_q) else keys.blocks.count
@@ -187,9 +187,10 @@ class _Pooled:
 
 def _pool(k: Tensor, v: Tensor, keys: Regions, where: dict[str, Any], *, moments: bool, norms: bool) -> _Pooled:
     if not moments and not norms:
-        (key, count), (value, _) = (block_means(x, keys.bounds, **where) for x in (k, v))
+        placed = keys.on(k.device)
+        (key, count), (value, _) = (block_means(x, keys.bounds, placed=placed, **where) for x in (k, v))
         return _Pooled(key, value, count, None, None)
-    found = block_statistics(k, v, keys.blocks.bounds, norms=norms, **where)
+    found = block_statistics(k, v, keys.blocks.bounds, placed=keys.blocks.on(k.device)[0], norms=norms, **where)
     main = slice(keys.main.start, keys.main.stop)
     norm = None if found.norm is None else found.norm[:, :, main]
     tokens = found.count.sum(-1).clamp_min(1)[..., None, None]

@@ -36,6 +36,10 @@ class Regions:
         """int64 (main blocks + 1,): the slots of the main blocks."""
         return self.blocks.bounds[self.main.start : self.main.stop + 1]
 
+    def on(self, device: torch.device) -> Tensor:
+        """:attr:`bounds` on ``device``."""
+        return self.blocks.on(device)[0][self.main.start : self.main.stop + 1]
+
 
 @functools.lru_cache(maxsize=64)
 def regions(layout: Layout, size: int, tile: Shape | None) -> Regions:

@@ -39,6 +39,8 @@ from .pyramid_presets import PRESETS, Preset
 MODES = ("threshold", "topk")
 LEVELS = (1, 2, 4, 8)
 CURVES = (None, "gilbert")
+# Steps whose places are drawn at once.
+STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,7 @@ class Pyramid(Method):
         """Main key blocks by falling importance, int64 (B, H, query blocks, key blocks), and the level at which each is
         seen, uint8 alike, 0 for not at all; None where its rank alone decides that (:meth:`_ranks`).
         """
-        source = generator(self.seed, call.layer, call.step.index)
-        places = [sample_places(size, source).to(q.device) for size in (self.block_q, self.block_k)]
+        places = self._places(call)
         dead = None if call.kv_valid is None else ~live.any(-1)
         rows = sample_tokens(queries.tokens, places[0], None)
         columns = sample_tokens(keys.tokens, places[1], None if dead is None else live)
@@ -199,6 +200,21 @@ class Pyramid(Method):
         if self.similarity is not None:
             table = torch.minimum(table, self._caps(k, keys, live, q.shape[1]))
         return which, table if dead is None else table.masked_fill(dead[:, None, None], 0)
+
+    def _places(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Where query and key blocks are sampled at this site and step, on the call's device.
+
+        Sent there for many steps at once: a copy to a GPU waits for it, and a CUDA graph refuses it.
+        """
+        first, row = call.step.index // STEPS * STEPS, call.step.index % STEPS
+        sizes = self.block_q, self.block_k
+
+        def drawn() -> list[Tensor]:
+            sources = [generator(self.seed, call.layer, step) for step in range(first, first + STEPS)]
+            return [torch.stack([sample_places(size, one) for one in sources]).to(call.device) for size in sizes]
+
+        queries, keys = call.state.plan(("pyramid places", self.seed, call.layer, first, sizes, call.device), drawn)
+        return queries[row], keys[row]
 
     def _lists(
         self, which: Tensor, table: Tensor | None, pooled: list[int], beside: tuple[int, int]

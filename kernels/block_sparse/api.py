@@ -198,17 +198,14 @@ def put(x: Tensor, order: Tensor, tokens: int | None = None) -> Tensor:
     """The inverse of :func:`take`: (B, H, tokens, D). None where the order has no holes."""
     b, h, n, d = x.shape
     tokens = n if tokens is None else tokens
+    # Holes go to a row of their own behind the last token: to find them a GPU would have to be waited for.
+    rows = tokens + (tokens < n)
+    order = order if rows == tokens else order.masked_fill(order < 0, tokens)
     if order.ndim == 1:
-        if tokens < n:
-            live = (order >= 0).nonzero().flatten()
-            x, order = x.index_select(2, live), order[live]
-        return x.new_empty((b, h, tokens, d)).index_copy_(2, order, x)
-    flat = (order + torch.arange(h, device=order.device)[:, None] * tokens).flatten()
-    x = x.reshape(b, h * n, d)
-    if tokens < n:
-        live = (order.flatten() >= 0).nonzero().flatten()
-        x, flat = x.index_select(1, live), flat[live]
-    return x.new_empty((b, h * tokens, d)).index_copy_(1, flat, x).reshape(b, h, tokens, d)
+        return x.new_empty((b, h, rows, d)).index_copy_(2, order, x)[:, :, :tokens]
+    flat = (order + torch.arange(h, device=order.device)[:, None] * rows).flatten()
+    placed = x.new_empty((b, h * rows, d)).index_copy_(1, flat, x.reshape(b, h * n, d))
+    return placed.view(b, h, rows, d)[:, :, :tokens]
 
 
 def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:

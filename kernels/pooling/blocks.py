@@ -35,13 +35,14 @@ class Statistics:
 
 
 def block_means(
-    x: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None
+    x: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None, placed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Means of blocks over their live tokens, and how many those are.
 
     x: (B, H, N, D). ``bounds``: int64 (R + 1,) on the CPU; block r is the slots ``bounds[r] .. bounds[r + 1]``.
     ``live``: bool (B, N), or None for all. ``order``: int64 slot -> token, (n,) or (H, n), or None where slots are
-    tokens; x and ``live`` are in token order either way, and no reordered copy of x is made.
+    tokens; x and ``live`` are in token order either way, and no reordered copy of x is made. ``placed``: ``bounds`` on
+    x's device, from a caller that keeps them there: kernels on a GPU copy ragged ones otherwise, and a copy waits.
 
     Returns means (B, H, R, D), float32 or for float64 inputs float64, 0 for a block without a live token, and counts
     int32 (B or 1, H or 1, R): 1 where ``live`` is None, and for heads where the order is shared.
@@ -50,7 +51,7 @@ def block_means(
     if on_gpu(x.device) and dtype == torch.float32:
         from . import triton
 
-        return triton.block_means(x, bounds, live=live, order=order)[::2]
+        return triton.block_means(x, bounds, live=live, order=order, placed=placed)[::2]
     count = block_counts(bounds, live=live, order=order, device=x.device)
     if serves(x) and (order is None or order.ndim == 1):
         sums = segment_sums(x, *_segments(bounds, live, order))
@@ -103,6 +104,7 @@ def block_statistics(
     *,
     live: Tensor | None = None,
     order: Tensor | None = None,
+    placed: Tensor | None = None,
     norms: bool = False,
 ) -> Statistics:
     """Means of keys and values and the first-order moment of PISA (arXiv 2602.01077).
@@ -115,10 +117,10 @@ def block_statistics(
         from . import triton
 
         if triton.serves_moments(k, v):
-            key, value, count, moment, norm = triton.block_statistics(k, v, bounds, live=live, order=order, norms=norms)
-            return Statistics(key, value, count, moment, norm)
+            where = {"live": live, "order": order, "placed": placed}
+            return Statistics(*triton.block_statistics(k, v, bounds, **where, norms=norms))
     if not norms and (int(bounds[0]), int(bounds[-1])) == (0, k.shape[2]):
-        (key, count), (value, _) = (block_means(x, bounds, live=live, order=order) for x in (k, v))
+        (key, count), (value, _) = (block_means(x, bounds, live=live, order=order, placed=placed) for x in (k, v))
         return Statistics(key, value, count, _total_moment(k, v, key, value, count, live), None)
     b, h, _, d = k.shape
     blocks, dv = len(bounds) - 1, v.shape[-1]

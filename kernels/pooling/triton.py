@@ -20,14 +20,15 @@ SHARES = 8
 
 
 def block_means(
-    x: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None, spreads: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    x: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None, spreads: bool = False,
+    placed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As ``blocks.block_spreads``: means, mean absolute deviations (or None) and counts."""
     b, h, n, d = x.shape
     blocks = len(bounds) - 1
     means = torch.empty((b, h, blocks, d), dtype=torch.float32, device=x.device)
     spread = torch.empty_like(means) if spreads else None
-    count, table = _count(x, blocks, live, order), _table(bounds, x.device)
+    count, table = _count(x, blocks, live, order), _table(bounds, x.device, placed)
     order, live, x = _contiguous(order), _bytes(live), _rows(x)
     with torch.cuda.device_of(x):
         _means[(blocks, b * h)](
@@ -39,7 +40,7 @@ def block_means(
 
 def block_statistics(
     k: Tensor, v: Tensor, bounds: Tensor, *, live: Tensor | None = None, order: Tensor | None = None,
-    norms: bool = False,
+    norms: bool = False, placed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As ``blocks.block_statistics``: key, value, count, moment and norm."""
     b, h, n, d = k.shape
@@ -51,7 +52,7 @@ def block_statistics(
 
     key, value, parts = made(blocks, d), made(blocks, dv), made(shares, d, dv)
     norm = made(blocks) if norms else None
-    count, table = _count(k, blocks, live, order), _table(bounds, k.device)
+    count, table = _count(k, blocks, live, order), _table(bounds, k.device, placed)
     order, live, k, v = _contiguous(order), _bytes(live), _rows(k), _rows(v)
     with torch.cuda.device_of(k):
         _moments[(shares, b * h)](
@@ -75,16 +76,20 @@ def _count(x: Tensor, blocks: int, live: Tensor | None, order: Tensor | None) ->
     return torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
-def _table(bounds: Tensor, device: torch.device) -> tuple[Tensor | None, int, int, int]:
+def _table(
+    bounds: Tensor, device: torch.device, placed: Tensor | None
+) -> tuple[Tensor | None, int, int, int]:  # fmt: skip
     """Bounds as a table, or None where one size says it all; then the first slot, that size, and the end.
 
-    Equal blocks need no copy to the device, which a CUDA graph could not hold.
+    Equal blocks need no copy to the device, which a CUDA graph could not hold; neither do bounds ``placed`` there.
     """
+    if placed is not None:
+        return placed, 0, 0, 0
     sizes = bounds.diff()
     size = int(sizes[0])
     if bool((sizes[:-1] == size).all()) and int(sizes[-1]) <= size:
         return None, int(bounds[0]), size, int(bounds[-1])
-    return bounds.to(device, non_blocking=True), 0, 0, 0
+    return bounds.to(device), 0, 0, 0
 
 
 def _spread(count: Tensor) -> tuple[int, int]:
