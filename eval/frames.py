@@ -68,4 +68,14 @@ def _array(path: Path) -> np.ndarray:
 def _video(path: Path) -> np.ndarray:
     import imageio.v3 as imageio
 
-    return imageio.imread(path, plugin="pillow" if path.suffix == ".gif" else "FFMPEG")[..., :3]
+    if path.suffix == ".gif":
+        return imageio.imread(path, plugin="pillow")[..., :3]
+    try:
+        return imageio.imread(path, plugin="FFMPEG")[..., :3]
+    except (OSError, ValueError, RuntimeError):
+        # What ffmpeg says is a page about its own build.
+        size = path.stat().st_size
+        raise ValueError(
+            f"ffmpeg finds no frame in its {size:,} bytes, so it is damaged or no video; `dit-accel render ... "
+            "--resume` renders damaged videos again"
+        ) from None

@@ -60,6 +60,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file to a free name that ends in ``.damaged``; returns it."""
+    aside, number = path.with_name(path.name + ".damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    return path.rename(aside)
+
+
 def prepare_folder(path: Path, flag: str = "-o") -> Path:
     """Create ``path`` and prove that it can be written to. Raises ``UsageError`` otherwise."""
     probe = path / ".dit-accel.partial"

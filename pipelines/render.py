@@ -19,7 +19,7 @@ from .generate import Result, generate
 from .job import Job, Shot, digest, resolve
 from .load import load, pick_device, pick_dtype
 from .model import ModelInfo, inspect_model
-from .outputs import Outputs, explain, prepare_folder
+from .outputs import Outputs, explain, prepare_folder, set_aside
 from .video import side_by_side, write_frames, write_gif, write_mp4, write_png
 
 DONE, SKIPPED, DIFFERS, FAILED, PENDING = "done", "skipped", "differs", "failed", "pending"
@@ -30,7 +30,10 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 @dataclass
 class Outcome:
-    """What became of one shot. ``status``: done, skipped, differs (kept, made with other settings), failed, pending."""
+    """What became of one shot. ``status``: done, skipped, differs (kept, made with other settings), failed, pending.
+
+    ``damaged``: files of it that are there and are not what was written; they are set aside, not overwritten.
+    """
 
     shot: Shot
     file: Path
@@ -38,6 +41,7 @@ class Outcome:
     status: str = PENDING
     detail: str = ""
     record: dict[str, Any] | None = None
+    damaged: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         result = {"number": self.shot.number, "prompt": self.shot.prompt, "file": str(self.file), "status": self.status}
@@ -121,7 +125,7 @@ def render(
         tell("start", {"outcome": outcome})
         try:
             outcome.record = _one(pipe, plan, outcome, judge, tell)
-            outcome.status = DONE
+            outcome.status, outcome.detail = DONE, ""
         except Exception as error:
             outcome.status, outcome.detail = FAILED, describe(error)
         tell("end", {"outcome": outcome})
@@ -182,27 +186,33 @@ def _write(job: Job, outcome: Outcome, result: Result, pair: Pair | None, record
     started = time.perf_counter()
     try:
         with Outputs() as outputs:
-            files = [path.name]
+            made = {path.name: outputs.add(path)}
             if shot.is_video:
-                write_mp4(outputs.add(path), result.frames, shot.fps)
+                write_mp4(made[path.name], result.frames, shot.fps)
             else:
-                write_png(outputs.add(path), result.frames[0])
+                write_png(made[path.name], result.frames[0])
             if job.gif and shot.is_video:
-                write_gif(outputs.add(path.with_suffix(".gif")), result.frames, shot.fps)
-                files.append(path.with_suffix(".gif").name)
+                moving = path.with_suffix(".gif")
+                made[moving.name] = outputs.add(moving)
+                write_gif(made[moving.name], result.frames, shot.fps)
+            folders = []
             if job.frames_dir is not None:
                 write_frames(outputs.add(job.frames_dir / shot.stem), result.frames)
-                files.append(str(job.frames_dir / shot.stem))
+                folders.append(str(job.frames_dir / shot.stem))
             if pair is not None:
                 beside = path.with_name(f"{shot.stem}-dense-vs-{shot.choice.name}{shot.suffix}")
                 both = side_by_side(pair.dense[-1].frames, pair.fast[-1].frames)
+                made[beside.name] = outputs.add(beside)
                 if shot.is_video:
-                    write_mp4(outputs.add(beside), both, shot.fps)
+                    write_mp4(made[beside.name], both, shot.fps)
                 else:
-                    write_png(outputs.add(beside), both[0])
-                files.append(beside.name)
+                    write_png(made[beside.name], both[0])
             record["seconds"]["export"] = time.perf_counter() - started
-            record["files"] = files
+            record["files"] = [*made, *folders]
+            record["contents"] = {name: sidecar.content(partial) for name, partial in made.items()}
+            if outcome.damaged and not job.overwrite:
+                kept = ", ".join(set_aside(job.out / name).name for name in outcome.damaged)
+                record["notes"].append(f"takes the place of a damaged output, kept as {kept}")
             sidecar.write(outputs.add(sidecar.sidecar_path(job.out, shot.stem)), record)
             outputs.commit()
     except OSError as error:
@@ -215,7 +225,12 @@ def _existing(job: Job, outcome: Outcome) -> Outcome:
     if not job.resume or not outcome.file.exists():
         return outcome
     if old and old.get("digest") == digest(outcome.settings):
-        outcome.status, outcome.record = SKIPPED, old
+        damage = sidecar.damaged(old, job.out)
+        if damage:
+            outcome.damaged = tuple(damage)
+            outcome.detail = "; ".join(f"{name} is damaged: {how}" for name, how in damage.items())
+        else:
+            outcome.status, outcome.record = SKIPPED, old
     elif not job.overwrite:
         outcome.status = DIFFERS
         old_settings = old.get("settings", {}) if old else {}
@@ -225,7 +240,7 @@ def _existing(job: Job, outcome: Outcome) -> Outcome:
 
 
 def _refuse_overwriting(plan: Plan) -> None:
-    taken = [o.file.name for o in plan.todo if o.file.exists()]
+    taken = [o.file.name for o in plan.todo if o.file.exists() and not o.damaged]
     if taken and not plan.job.overwrite:
         more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
         raise UsageError(

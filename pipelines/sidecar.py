@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from importlib import metadata
@@ -40,6 +41,34 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in keys
         if flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def content(path: Path) -> dict[str, Any]:
+    """``bytes`` and ``sha256`` (first 16 digits) of a file."""
+    found, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+            size += len(part)
+    return {"bytes": size, "sha256": found.hexdigest()[:16]}
+
+
+def damaged(record: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Files of a record that are there and are no longer what was written, and how that shows.
+
+    Files that are gone are not among them, nor are those of records that do not tell what was written.
+    """
+    found = {}
+    for name, written in record.get("contents", {}).items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            found[name] = f"it has {size:,} bytes and was written with {written['bytes']:,}"
+        elif content(path) != written:
+            found[name] = f"its {size:,} bytes are not those written"
+    return found
 
 
 def versions() -> dict[str, str]:

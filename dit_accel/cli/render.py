@@ -60,8 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames-dir", metavar="DIR", help="write every frame as PNG into a folder per video below DIR")
     add("--compare", action="store_true", help="render dense and accelerated from the same noise and compare them")
     add("--repeats", type=int, default=1, metavar="N", help="timed runs per side of --compare (default: 1)")
-    add("--resume", action="store_true", help="skip what is finished with the same settings")
-    add("--overwrite", action="store_true", help="render again what exists")
+    add("--resume", action="store_true",
+        help="keep what is finished with the same settings; damaged files are set aside and made again")  # fmt: skip
+    add("--overwrite", action="store_true",
+        help="render again what exists; with --resume only what was made with other settings")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything and show what would be rendered")
     add("--json", action="store_true", help="JSON to stdout, text to stderr")
     add("--quiet", action="store_true", help="no text but errors and notes, no progress bar")

@@ -30,9 +30,11 @@ def planned(console: Console, plan: Any, *, dry: bool) -> None:
         name = outcome.file.name
         if outcome.status == "differs":
             console.note(f"kept: {name} was made with other settings ({outcome.detail}); --overwrite renders it")
+        elif outcome.damaged:
+            console.note(f"again: {outcome.detail}; it is rendered again")
         elif outcome.status == "skipped":
             console.say(f"skip       {name} (finished)")
-        elif dry:
+        if dry and outcome.status == "pending":
             console.say(f"would write {outcome.file}  {_size(outcome.shot)}, {outcome.shot.steps} steps")
 
 

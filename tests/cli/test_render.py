@@ -147,6 +147,33 @@ def test_resume_and_overwrite(render, tmp_path, capsys):
     assert file.stat().st_mtime_ns > stamp
 
 
+def test_a_damaged_video_is_told_and_rendered_again(render, tmp_path, capsys):
+    assert render() == 0
+    file = tmp_path / "out" / "0001-a-red-ball-s42.mp4"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:100])
+    capsys.readouterr()
+    assert render("--resume", "--dry-run") == 0
+    told = capsys.readouterr()
+    assert f"{file.name} is damaged: it has 100 bytes and was written with {size:,}; it is rendered again" in told.err
+    assert told.out.count("would write") == 1
+    assert render("--resume") == 0
+    told = capsys.readouterr().out
+    assert f"takes the place of a damaged output, kept as {file.name}.damaged" in told
+    assert "1 rendered, 1 skipped (finished)" in told
+    assert file.stat().st_size == size
+
+
+def test_overwrite_beside_resume_renders_what_has_other_settings(render, tmp_path, capsys):
+    assert render() == 0
+    stamps = [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("*.mp4"))]
+    assert render("--resume", "--overwrite") == 0
+    assert "2 skipped (finished)" in capsys.readouterr().out
+    assert stamps == [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("*.mp4"))]
+    assert render("--resume", "--overwrite", "--steps", "3") == 0
+    assert "2 rendered" in capsys.readouterr().out
+
+
 def test_a_failed_prompt_is_told_and_the_others_go_on(render, tmp_path, monkeypatch, capsys):
     real = job.generate
 

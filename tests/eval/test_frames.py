@@ -33,6 +33,15 @@ def test_a_video_file_is_read_and_marked(tmp_path):
         assert np.abs(clip.frames.astype(int) - 120).max() < 6
 
 
+def test_a_damaged_video_is_told_in_one_line(tmp_path):
+    path = tmp_path / "cut.mp4"
+    write_mp4(path, np.full((5, 16, 32, 3), 120, np.uint8), 8)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"cut\.mp4: ffmpeg finds no frame in its 100 bytes.*--resume") as told:
+        read_clip(path)
+    assert len(str(told.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(("name", "message"), [
     ("absent.mp4", "no clip at"), ("empty", "no PNG frames"), ("notes.txt", "is no clip"), ("bad.npz", "cannot read"),
     ("two.npz", "holds the arrays"), ("bad.mp4", "cannot read"),

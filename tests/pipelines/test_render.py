@@ -227,6 +227,56 @@ def test_a_video_that_went_missing_is_rendered_again(make):
     assert [o.status for o in run(make(resume=True))] == ["done"]
 
 
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_damaged_video_is_no_finished_one(make, how):
+    (first,) = run(make())
+    whole = first.file.read_bytes()
+    assert first.record["contents"][first.file.name]["bytes"] == len(whole)
+    bad = whole[:100] if how == "cut" else whole[:-1] + bytes([whole[-1] ^ 1])
+    first.file.write_bytes(bad)
+    before = names(make().out)
+    (planned,) = plan_job(make(resume=True), dry=True).outcomes
+    assert (planned.status, planned.damaged) == ("pending", (first.file.name,))
+    assert f"{first.file.name} is damaged: it" in planned.detail
+    assert names(make().out) == before
+    (again,) = run(make(resume=True))
+    assert (again.status, again.detail) == ("done", "")
+    assert first.file.read_bytes() == whole
+    aside = first.file.with_name(first.file.name + ".damaged")
+    assert aside.read_bytes() == bad
+    assert f"kept as {aside.name}" in again.record["notes"][-1]
+    assert [o.status for o in run(make(resume=True))] == ["skipped"]
+    first.file.write_bytes(bad)
+    run(make(resume=True))
+    assert aside.with_name(aside.name + "-2").read_bytes() == bad
+
+
+def test_records_that_do_not_tell_what_was_written_keep_working(make):
+    (first,) = run(make())
+    record = first.file.with_suffix(".json")
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "contents"}))
+    first.file.write_bytes(b"anything")
+    assert [o.status for o in run(make(resume=True))] == ["skipped"]
+
+
+def test_a_side_file_that_went_missing_is_no_damage(make):
+    (first,) = run(make(gif=True))
+    first.file.with_suffix(".gif").unlink()
+    assert [o.status for o in run(make(gif=True, resume=True))] == ["skipped"]
+
+
+def test_a_failure_leaves_the_damaged_video_in_place(make, monkeypatch):
+    (first,) = run(make())
+    first.file.write_bytes(b"cut")
+
+    def fails(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(module, "generate", fails)
+    assert [o.status for o in run(make(resume=True))] == ["failed"]
+    assert first.file.read_bytes() == b"cut"
+
+
 def test_a_dry_plan_creates_nothing(make):
     job = make()
     plan_job(job, dry=True)
