@@ -15,6 +15,7 @@ from dit_accel.kernels.block_sparse import choose
 
 HERE = Path(__file__).parent
 SUITES = [HERE.parent / name / "interpreter_suite.py" for name in ("block_sparse", "select", "pooling", "scores")]
+SUITES.append(HERE.parent / "banded_suite.py")
 
 if importlib.util.find_spec("triton") is None and not os.environ.get("CI"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -48,7 +49,7 @@ def on_gpu(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("marked", "least"), [("not slow", 135), pytest.param("slow", 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("marked", "least"), [("not slow", 160), pytest.param("slow", 39, marks=pytest.mark.slow)])
 def test_interpreter_suite(marked, least):
     """Triton decides on import whether it interprets, so the suite runs in a process with the variable set."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
