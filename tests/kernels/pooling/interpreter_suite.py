@@ -59,9 +59,12 @@ def test_16_bit_inputs_and_a_first_slot_that_is_not_0(dtype):
 
 
 def test_equal_blocks_send_no_table():
-    assert kernels._table(torch.tensor([3, 11, 19, 24]), torch.device("cpu")) == (None, 3, 8, 24)
-    table, *_ = kernels._table(torch.tensor([0, 4, 12]), torch.device("cpu"))
+    device, bounds = torch.device("cpu"), torch.tensor([0, 4, 12])
+    assert kernels._table(torch.tensor([3, 11, 19, 24]), device, None) == (None, 3, 8, 24)
+    table, *_ = kernels._table(bounds, device, None)
     assert table.tolist() == [0, 4, 12]
+    placed = bounds.clone()
+    assert kernels._table(bounds, device, placed)[0] is placed
 
 
 def test_wide_heads_are_left_to_torch():
