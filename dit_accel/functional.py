@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .arguments import check_inputs, check_settings
 from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
@@ -56,9 +57,11 @@ def attend(
     :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
-    Raises ``UsageError`` for tensors that do not fit the layout, ``UnsupportedError`` for what is not served.
+    Raises ``UsageError`` for tensors that do not fit one another or the layout and for ``method`` beside ``plan``,
+    ``UnsupportedError`` for what is not served.
     """
-    _check(q, k, layout, kv_layout, kv_valid)
+    check_settings(method, plan, layout, kv_layout, step, state, scale, backend, quantised=quant is not None)
+    check_inputs(q, k, v, layout, kv_layout, kv_valid)
     asked, quant = quant, resolve_quant(quant, q.device)
     if quant is not None:
         quant = adapted(quant, layer, step or Step(), slice(head_offset, head_offset + q.shape[1]))
@@ -109,8 +112,13 @@ def plan(
 
     Methods whose plan is static take None for q, k and v.
     """
+    if method is None:
+        raise UsageError("method is None, and dense attention has no plan; give a method")
+    check_settings(method, None, layout, kv_layout, step, state, scale)
     if not method.static and (q is None or k is None):
         raise UsageError(f"{type(method).__name__} looks at q and k; pass them")
+    if q is not None and k is not None:
+        check_inputs(q, k, k if v is None else v, layout, kv_layout, kv_valid)
     call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)
     return make_plan(q, k, v, method, call)
 
@@ -177,13 +185,3 @@ def _dense(q, k, v, kv_valid, scale, backend, return_lse):
         q, k, v, WHOLE, layout=layout, kv_layout=kv_layout, kv_valid=kv_valid, scale=scale,
         backend=tier, return_lse=return_lse,
     )  # fmt: skip
-
-
-def _check(q: Tensor, k: Tensor, layout: Layout, kv_layout: Layout | None, kv_valid: Tensor | None) -> None:
-    for name, x, shape in (("q", q, layout), ("k", k, kv_layout or layout)):
-        if x.ndim != 4:
-            raise UsageError(f"{name} must be (B, H, N, D); got shape {tuple(x.shape)}")
-        if x.shape[2] != shape.tokens:
-            raise UsageError(f"{name} has {x.shape[2]} tokens but its layout ({shape}) has {shape.tokens}")
-    if kv_valid is not None and kv_valid.shape != (q.shape[0],):
-        raise UsageError(f"kv_valid must be ({q.shape[0]},), one length per sample; got {tuple(kv_valid.shape)}")

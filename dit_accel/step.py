@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import checks
+
 
 @dataclass(frozen=True)
 class Step:
@@ -19,3 +21,8 @@ class Step:
     sigma: float | None = None
     branch: str = ""
     run: int = 0
+
+    def __post_init__(self) -> None:
+        checks.whole("Step: index", self.index, "the number of a step, counted from 0", 0)
+        if self.total is not None:
+            checks.whole("Step: total", self.total, "the number of steps of a run, or None where it is unknown")

@@ -11,6 +11,7 @@ from ..tileplan import TilePlan
 from . import flash, flex, gather, reference
 
 BACKENDS = ("auto", "reference", "gather", "flex", "triton", "flash")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def block_sparse_attention(
@@ -104,24 +105,34 @@ def _refuses_triton(q: Tensor, plan: TilePlan) -> str | None:
 
 def check(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | None = None) -> None:
     """Raise ``ValueError`` where shapes, dtypes, devices and plan do not fit."""
+    check_tensors(q, k, v, kv_valid)
+    if (q.shape[2], k.shape[2]) != (plan.queries, plan.keys):
+        raise ValueError(
+            f"the plan is for {plan.queries} queries and {plan.keys} keys; got {q.shape[2]} and {k.shape[2]}"
+        )
+    if q.device != plan.device:
+        raise ValueError(f"q, k and v are on {q.device}, the plan on {plan.device}")
+    check_plan(plan, q.shape[0], q.shape[1])
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_valid: Tensor | None = None) -> None:
+    """Raise ``ValueError`` where shapes, dtypes and devices do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (B, H, N, D); got shape {tuple(x.shape)}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
-    if (q.shape[2], k.shape[2]) != (plan.queries, plan.keys):
-        raise ValueError(
-            f"the plan is for {plan.queries} queries and {plan.keys} keys; got {q.shape[2]} and {k.shape[2]}"
-        )
-    if len({q.device, k.device, v.device, plan.device}) > 1:
-        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.device}")
+    if q.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"q, k and v are {q.dtype}; attention takes {allowed}")
+    if len({q.device, k.device, v.device}) > 1:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}; move them to one device")
     if kv_valid is not None and kv_valid.shape != q.shape[:1]:
         raise ValueError(f"kv_valid must be ({q.shape[0]},), one length per sample; got {tuple(kv_valid.shape)}")
-    check_plan(plan, q.shape[0], q.shape[1])
 
 
 def check_plan(plan: TilePlan, b: int, h: int) -> None:
