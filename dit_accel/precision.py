@@ -55,8 +55,13 @@ class Precision:
         return {bits: flat.count(bits) / len(flat) for bits in (4, 8, 16)}
 
     def write(self, path: str | Path, record: dict[str, Any] | None = None) -> None:
-        """``record``: what the table was made from, kept beside it."""
-        Path(path).write_text(json.dumps({"format": FORMAT, "bits": self.bits, "record": record or {}}) + "\n")
+        """Whole or not at all. ``record``: what the table was made from, kept beside it. Raises ``UsageError``."""
+        part = Path(path).with_name(Path(path).name + ".partial")
+        try:
+            part.write_text(json.dumps({"format": FORMAT, "bits": self.bits, "record": record or {}}) + "\n")
+            part.replace(path)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror or error}; give another -o") from None
 
 
 def read_precision(path: str | Path) -> Precision:

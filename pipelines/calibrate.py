@@ -33,6 +33,7 @@ from .job import DEFAULT_SEED, Job, Shot, resolve
 from .load import load, pick_device, pick_dtype
 from .model import BUNDLED, ModelInfo, inspect_model
 from .options import LoadOptions
+from .outputs import check_file
 from .prompts import Prompt, read_prompts
 
 # The published calibration takes one or two example prompts of the model's own.
@@ -274,6 +275,7 @@ def check_out(job: DenseRuns) -> None:
         raise UsageError(f"-o {job.out}: there is no folder {job.out.parent}; create it, or give another -o")
     if job.out.exists() and not job.overwrite:
         raise UsageError(f"{job.out} exists; give another -o, or --overwrite to replace it")
+    check_file(job.out)
 
 
 def _orders_first(job: CalibrationJob, pipe: Any, info: ModelInfo, shot: Shot) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..errors import DitAccelError, UsageError
@@ -81,6 +82,25 @@ def prepare_folder(path: Path, flag: str = "-o") -> Path:
             f"{flag} {path} cannot be written to ({error.strerror or error}); give a folder that can"
         ) from None
     return path
+
+
+def check_file(path: str | Path, flag: str = "-o") -> None:
+    """Prove that a file can be written at ``path``, before the work whose result it is for. Leaves nothing behind.
+
+    Folders on the way may be missing; that they can be made is proven by the first one that is there. Raises
+    ``UsageError``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; give the name of a file")
+    folder = next(p for p in (path.parent, *path.parent.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=path.name[:40], suffix=".partial"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {path} cannot be written: {error.strerror or error}; give a file in a folder that can be written"
+        ) from None
 
 
 def explain(error: OSError, path: Path) -> DitAccelError:

@@ -49,4 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..pipelines.outputs import check_file
+
+    for flag, name in (("-o", "out"), ("--sheet", "sheet")):
+        if getattr(args, name, None):
+            check_file(getattr(args, name), flag)
     return args.measure(args)

@@ -48,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..eval.atlas import layout_for, panel
     from ..eval.method_spec import build
+    from ..pipelines.outputs import check_file
     from .console import Console, emit
 
+    if args.out:
+        check_file(args.out)
     console = Console(json=args.json)
     settings = [*args.set, *(f"{name}={getattr(args, name)}" for name in SHORTHAND if getattr(args, name) is not None)]
     methods = build(args.method or ["radial"], settings)

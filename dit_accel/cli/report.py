@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.max_mb < 2**20:
         raise UsageError(f"--max-mb is a size in MiB, 0 to link every video beside the page; got {args.max_mb}")
     from ..eval.report import report
+    from ..pipelines.outputs import check_file
 
+    check_file(args.out)
     console = Console(json=args.json)
     found = report(args.paths, args.out, title=args.title, limit=int(args.max_mb * 2**20))
     console.say(f"wrote {found['page']} from {len(found['sources'])} records ({found['bytes'] / 2**20:.1f} MiB)")

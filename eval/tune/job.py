@@ -21,6 +21,7 @@ from ...pipelines.generate import generate
 from ...pipelines.job import DEFAULT_SEED, Job, Shot, resolve
 from ...pipelines.load import load, pick_device, pick_dtype
 from ...pipelines.model import BUNDLED, ModelInfo, inspect_model
+from ...pipelines.outputs import check_file
 from ...pipelines.prompts import Prompt
 from ...preset import Preset, write_preset
 from ...processors import Processor
@@ -273,6 +274,8 @@ def _check(job: TuneJob) -> None:
         find(method)
     if job.out.exists() and not job.overwrite:
         raise UsageError(f"{job.out} exists; give another -o, or --overwrite to replace it")
+    for path in (job.out, job.folder / job.out.name):
+        check_file(path)
 
 
 def _prompts(job: TuneJob, info: ModelInfo) -> list[Prompt]:

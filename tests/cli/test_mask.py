@@ -61,7 +61,7 @@ def test_a_density_out_of_reach_is_said(capsys):
     ([], "give a grid like 21x30x52"),
     (["--model-family", "wam"], "unknown model family 'wam'"),
     (["--method", "radail", "--grid", "3x5x7"], "did you mean 'radial'"),
-    (["--grid", "1x5x7"], "this layout has grid"),
+    (["--grid", "1x5x7"], "an image has one frame. For images use GNA or Pisa"),
     (["--grid", "3x5x7", "--set", "widow=3"], "no parameter 'widow'"),
     (["--grid", "3x5x7", "-o", "x.doc"], "must end in .png, .svg or .pdf"),
 ])  # fmt: skip

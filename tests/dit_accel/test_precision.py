@@ -100,3 +100,9 @@ def test_the_engine_follows_the_file(tmp_path):
     stats = engines(model)[0].stats
     assert stats.tiers == {"quant-reference": 1}
     assert stats.dense == {"schedule": layers - 1}
+
+
+def test_a_table_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot write .*p\.json: .*; give another -o"):
+        Precision((((4,),),)).write(tmp_path / "file" / "p.json")
