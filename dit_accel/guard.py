@@ -132,7 +132,9 @@ class Flags:
     """What the checks of one forward found, kept on the device: a flag per kind and layer, read with one transfer."""
 
     def __init__(self, layers: int, device: torch.device):
-        self._raised = torch.zeros((len(KINDS), layers), dtype=torch.int32, device=device)
+        # Flags outlive the forward that made them: one made in inference mode could be raised in no other.
+        with torch.inference_mode(False):
+            self._raised = torch.zeros((len(KINDS), layers), dtype=torch.int32, device=device)
 
     @property
     def device(self) -> torch.device:

@@ -135,7 +135,7 @@ class Stats:
 
     @property
     def attention_seconds(self) -> float | None:
-        """Seconds inside attention calls, or None when ``timing`` is off. Synchronises the GPU once."""
+        """Seconds inside attention calls, or None when ``timing`` is off. Waits until the GPU is through with them."""
         return self._spent("attention")
 
     @property
@@ -147,8 +147,8 @@ class Stats:
         if not self.timing:
             return None
         if self._events:
-            torch.cuda.synchronize()
             for name, start, end in self._events:
+                end.synchronize()
                 self._seconds[name] += start.elapsed_time(end) / 1e3
             self._events.clear()
         return float(self._seconds[what])
@@ -175,7 +175,7 @@ class Stats:
         entry._kept = _visited(plan)
         cell.add(entry._kept)
         if not self._dynamic:
-            self._dynamic.append(torch.zeros((), dtype=torch.float64, device=plan.device))
+            self._dynamic.append(_zeros((), torch.float64, plan.device))
         self._dynamic[0] += entry._kept * pairs
 
     def count_check(self, layer: int, drift: Tensor | None, step: int) -> None:
@@ -186,7 +186,7 @@ class Stats:
             return
         entry.steps.setdefault(step, Cell()).add_drift(drift)
         if entry._drift is None or entry._drift.device != drift.device:
-            entry._drift = torch.zeros(3, dtype=torch.float32, device=drift.device)
+            entry._drift = _zeros((3,), torch.float32, drift.device)
         known = drift.isfinite()
         value = torch.where(known, drift, 0).float()
         entry._drift[0] += value
@@ -200,9 +200,12 @@ class Stats:
             yield
         elif device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            # An event is recorded on the current device's stream, which is not where a second GPU's model runs.
+            with torch.cuda.device(device):
+                start.record()
             yield
-            end.record()
+            with torch.cuda.device(device):
+                end.record()
             self._events.append((what, start, end))
         else:
             start = time.perf_counter()
@@ -235,6 +238,12 @@ def drift_over(layers: Iterable[LayerStats]) -> dict[str, float] | None:
     if not found:
         return None
     return {"mean": sum(one["mean"] for one in found) / len(found), "max": max(one["max"] for one in found)}
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What forwards add to. Made in inference mode, it could be added to in no other."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _visited(plan: Plan) -> Tensor:

@@ -22,6 +22,18 @@ def test_flags_name_the_layer_and_nothing_else():
     assert flags.read() == {}
 
 
+def test_flags_made_in_inference_mode_serve_forwards_that_are_not():
+    with torch.inference_mode():
+        flags = Flags(2, torch.device("cpu"))
+        flags.check(0, torch.tensor([torch.nan]))
+    with torch.no_grad():
+        flags.check(1, torch.tensor([torch.inf]))
+        assert flags.read() == {0: "nonfinite", 1: "nonfinite"}
+        flags.clear()
+    with torch.inference_mode():
+        assert flags.read() == {}
+
+
 def test_opposite_infinities_do_not_cancel():
     flags = Flags(1, torch.device("cpu"))
     flags.check(0, torch.tensor([torch.inf, -torch.inf]))
