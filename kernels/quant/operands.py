@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -115,8 +116,14 @@ def four_bits(recipe: Recipe, heads: int, device: torch.device) -> Tensor | None
     """bool (heads,): which of them have 4 bits; a key head only where all query heads that share it do."""
     if recipe.head_bits is None:
         return None
-    four = torch.tensor(recipe.head_bits, device=device) == 4
-    return four.view(heads, -1).all(-1)
+    return _four_bits(recipe.head_bits, heads, device)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _four_bits(head_bits: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
+    """Kept, since a list's copy to a GPU is waited for."""
+    return (torch.tensor(head_bits) == 4).view(heads, -1).all(-1).to(device)
 
 
 def _blank(x: Tensor, live: Tensor | None) -> Tensor:

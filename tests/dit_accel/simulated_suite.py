@@ -12,7 +12,7 @@ import torch
 from paro_plans import plan_file
 from simulated_cuda import simulated
 
-from dit_accel import AdaSpa, Clear, Paro, Pisa, Pyramid, Radial, RandomBlocks, Rectified, Step, VMoBA, attend
+from dit_accel import AdaSpa, Clear, Paro, Pisa, Pyramid, Quant, Radial, RandomBlocks, Rectified, Step, VMoBA, attend
 from dit_accel.layout import Layout
 from dit_accel.methods import GNA
 from dit_accel.state import State
@@ -105,6 +105,21 @@ def test_a_later_call_waits_for_nothing(name, shape, made):
     assert log.launches or name == "dense", "Triton's tier did not run"
     error = (out.held - expected).norm() / expected.norm()
     assert error < NEAR[quant], error
+
+
+def test_heads_of_4_and_8_bits_wait_for_nothing():
+    layout, quant = Layout((3, 3, 5)), Quant(qk="int8", head_bits=(4, 8))
+    qkv, how = tensors(layout, 0), {"layout": layout, "quant": quant}
+    expected = attend(*qkv, METHODS["random"], backend="reference", **how)
+    with simulated() as log:
+        qkv, state = [x.to("cuda") for x in qkv], State()
+        attend(*qkv, METHODS["random"], state=state, **how)
+        with log.recording():
+            out = attend(*qkv, METHODS["random"], state=state, **how)
+    assert not log.events, told(log.events)
+    assert log.launches
+    error = (out.held - expected).norm() / expected.norm()
+    assert error < NEAR["sage2"], error
 
 
 PLANTED = {
