@@ -47,7 +47,8 @@ class Blocks:
         """``bounds`` and :meth:`owner` on ``device``, copied there once: a copy to a GPU waits for it."""
         key = ("on", device)
         if key not in self._memo:
-            self._memo[key] = self.bounds.to(device), self.owner().to(device)
+            with torch.inference_mode(False):
+                self._memo[key] = self.bounds.to(device), self.owner().to(device)
         return self._memo[key]
 
     def owner(self) -> Tensor:
@@ -56,5 +57,6 @@ class Blocks:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _uniform(n: int, size: int) -> Blocks:
     return Blocks(torch.cat([torch.arange(0, n, size), torch.tensor([n])]))

@@ -132,7 +132,8 @@ class _Axis:
         this many slots per token."""
         key = tile, most, device
         if key not in blocks._memo:
-            blocks._memo[key] = cls._make(blocks, tile, most).to(device)
+            with torch.inference_mode(False):
+                blocks._memo[key] = cls._make(blocks, tile, most).to(device)
         return blocks._memo[key]
 
     @classmethod

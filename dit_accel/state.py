@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .step import Step
@@ -23,9 +24,10 @@ class State:
         self._slots: dict[tuple[int, str, int], dict[Hashable, Any]] = {}
 
     def plan(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """The cached value of ``key``, built on first use."""
+        """The cached value of ``key``, built on first use, so that it serves every later call: with gradients too."""
         if key not in self._plans:
-            self._plans[key] = build()
+            with torch.inference_mode(False):
+                self._plans[key] = build()
         return self._plans[key]
 
     def slot(self, step: Step, layer: int) -> dict[Hashable, Any]:

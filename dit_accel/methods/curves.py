@@ -20,6 +20,7 @@ Boxes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def gilbert(grid: Grid, longest_first: bool = False) -> Tensor:
     """int64 (T H W,): which token of the row-major grid lies in each slot along the curve. Treat it as read-only.
 

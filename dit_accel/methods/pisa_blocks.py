@@ -42,6 +42,7 @@ class Regions:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def regions(layout: Layout, size: int, tile: Shape | None) -> Regions:
     """Blocks of ``tile`` in the main segment, of ``size`` tokens without a tile and beside it; ragged at the ends."""
     start, stop = layout.main.start, layout.main.stop

@@ -45,7 +45,8 @@ def segment_spreads(x: Tensor, tokens: Tensor, starts: Tensor) -> tuple[Tensor, 
     """
     batch, heads, _, dim = x.shape
     lengths = torch.diff(starts, append=starts.new_tensor([len(tokens)])).tolist()
-    means, spreads = x.new_empty((2, batch, heads, len(lengths), dim))
+    # Two tensors: autograd lets no view of one that was unpacked be written to.
+    means, spreads = (x.new_empty((batch, heads, len(lengths), dim)) for _ in range(2))
     for b in range(batch):
         for some, rows in _rows(x[b]):
             for first, stop in _equal(lengths, max(CHUNK // rows.shape[1], 1)):
