@@ -59,7 +59,7 @@ def measure(
     dense, why = rivals.dense(q, k, v)
     others: dict[str, Side] = {}
     if case.section not in _WITHOUT_RIVALS and case.method is not None:
-        others, more = rivals.sparse(method, shape.grid, q, k, v, shape.text)
+        others, more = rivals.sparse(method, tiles, shape.grid, q, k, v, shape.text)
         why |= more
         if case.quant is None and device == "cuda":
             others["flex"] = lambda: attend(q, k, v, plan=made, layout=layout, backend="flex")

@@ -12,17 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...kernels import TilePlan
 from ...kernels.dense import DENSE, refusal
 from ...kernels.faults import check_device
 from ...methods import GNA, Method
+from .peers import block_sparse
 
 Call = Callable[[], Tensor]
 _TORCH = {"torch-cudnn": SDPBackend.CUDNN_ATTENTION, "torch-flash": SDPBackend.FLASH_ATTENTION}
-# Importable, yet not called: module -> why.
-_UNCOMPARED = {
-    "spas_sage_attn": "SpargeAttn: its kernel takes blocks of 128 x 64 and chooses them by itself",
-    "flashinfer": "FlashInfer: its block-sparse wrapper plans on the host for one list per call",
-}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
@@ -66,12 +63,11 @@ class Forced:
             return self.inside()
 
 
-def sparse(method: Method, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, text: int):
+def sparse(
+    method: Method, tiles: TilePlan, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, text: int
+) -> tuple[dict[str, Call], dict[str, str]]:
     """Other packages' kernels that can run this very plan, by name, and why others do not."""
-    calls: dict[str, Call] = {}
-    why: dict[str, str] = {}
-    for module, reason in _UNCOMPARED.items():
-        why[module] = "not installed" if importlib.util.find_spec(module) is None else f"not compared. {reason}"
+    calls, why = block_sparse(tiles, q, k, v)
     if importlib.util.find_spec("natten") is None:
         why["natten"] = "not installed"
     elif type(method) is not GNA or text or q.device.type != "cuda":
