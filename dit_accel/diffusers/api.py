@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, UsageError
 from ..processors import Processor
+from . import stock
 from .engine import Engine
 from .families import family_of, is_known, known_families
 from .hooks import engine_of
@@ -24,10 +25,12 @@ def set_attn_processor(target: Any, processor: Any) -> None:
 
     ``target``: a diffusers pipeline (all its denoisers), or one transformer. ``processor``: one of this library's
     processors replaces whatever ours was set before and leaves cross-attention stock; a stock processor, a dict
-    of them, or ``"default"`` removes every trace of ours first. Raises ``UnsupportedError`` for a transformer that
-    is not known or a method that has no meaning on it; the target is then as it was.
+    of them, or ``"default"`` removes every trace of ours first, and ``"default"`` also what is no processor and was
+    put there past this library. Raises ``UsageError`` for what is no processor, ``UnsupportedError`` for a transformer
+    that is not known or a method that has no meaning on it; the target is then as it was.
     """
     models = denoisers(target)
+    stock.check(processor, models)
     if isinstance(processor, Processor):
         scheduler = _scheduler_of(target)
         prepared = [Engine(model, family_of(model), processor, scheduler) for model in models]
@@ -36,15 +39,19 @@ def set_attn_processor(target: Any, processor: Any) -> None:
             engine.attach()
         return
     for model in models:
-        _remove(model)
-        if processor != "default":
+        if stock.is_default(processor):
+            _restore(model)
+        else:
             model.set_attn_processor(processor)
 
 
 def reset_attn_processor(target: Any) -> None:
-    """Put the stock processors back, the same objects, on a pipeline's denoisers or on one transformer."""
+    """Put the stock processors back, the same objects, on a pipeline's denoisers or on one transformer.
+
+    What is no processor and was put there past this library gives way to what a new model has there.
+    """
     for model in denoisers(target):
-        _remove(model)
+        _restore(model)
 
 
 def engines(target: Any) -> list[Engine]:
@@ -88,6 +95,11 @@ def _remove(model: nn.Module) -> None:
         engine.detach()
 
 
+def _restore(model: nn.Module) -> None:
+    _remove(model)
+    stock.repair(model)
+
+
 def _scheduler_of(target: Any) -> Callable[[], Any]:
     """Reads the pipeline's scheduler late: users swap it after the processor is set."""
     if isinstance(target, nn.Module):
@@ -125,31 +137,33 @@ def _model_set_attn_processor(mixin: type) -> Callable:
         if isinstance(processor, Processor):
             set_attn_processor(self, processor)
             return
-        _remove(self)
-        if processor == "default":
+        stock.check(processor, [self])
+        if stock.is_default(processor):
+            _restore(self)
             return
-        stock = getattr(super(mixin, self), "set_attn_processor", None)
-        if stock is None:
+        theirs = getattr(super(mixin, self), "set_attn_processor", None)
+        if theirs is None:
             raise UnsupportedError(
                 f"diffusers gives {type(self).__name__} no set_attn_processor, so only this library's processors and "
                 f"'default' can be set on it; got {type(processor).__name__}"
             )
-        stock(processor)
+        _remove(self)
+        theirs(stock.unwrapped(processor))
 
     set_attn_processor_.__name__ = set_attn_processor_.__qualname__ = "set_attn_processor"
     set_attn_processor_.__doc__ = set_attn_processor.__doc__
     return set_attn_processor_
 
 
-def _told(stock: Callable) -> Callable:
+def _told(theirs: Callable) -> Callable:
     """``cache_context`` that also tells the model's engine what the pipeline said."""
 
-    @functools.wraps(stock)
+    @functools.wraps(theirs)
     @contextlib.contextmanager
     def cache_context(self: Any, name: str, **fields: Any) -> Iterator[None]:
         engine = engine_of(self)
         told = engine.tracker.context(name=name, **fields) if engine else contextlib.nullcontext()
-        with stock(self, name, **fields), told:
+        with theirs(self, name, **fields), told:
             yield
 
     return cache_context

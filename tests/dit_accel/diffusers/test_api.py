@@ -12,7 +12,7 @@ from diffusers import ModularPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import dit_accel
-from dit_accel import AllBlocksProcessor, RandomBlocksProcessor, Schedule, UnsupportedError, UsageError
+from dit_accel import AllBlocks, AllBlocksProcessor, RandomBlocksProcessor, Schedule, UnsupportedError, UsageError
 from dit_accel.diffusers import describe, engines, install
 from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
 
@@ -111,6 +111,84 @@ def test_a_bare_call_names_the_right_one():
     model.blocks[0].attn1.set_processor(AllBlocksProcessor())
     with pytest.raises(TypeError, match=r"pipe\.set_attn_processor"):
         model(**call)
+
+
+NO_PROCESSOR = {
+    "a method's name": (
+        "radial",
+        r"given 'radial', which is no processor. Use set_attn_processor\(RadialProcessor\(\)\)",
+    ),
+    "another word": ("fast", "given 'fast', .*Processors: RadialProcessor, .*'default' puts the stock ones back"),
+    "a method": (AllBlocks(), r"Use set_attn_processor\(Processor\(AllBlocks\(...\)\)\)"),
+    "a method's class": (AllBlocks, r"the class AllBlocks, .*set_attn_processor\(AllBlocksProcessor\(\)\)"),
+    "one of our classes": (AllBlocksProcessor, r"forget the brackets\? AllBlocksProcessor\(\)"),
+    "a stock class": (WanAttnProcessor, r"forget the brackets\? WanAttnProcessor\(\)"),
+    "None": (None, "given None"),
+    "a number": (3, "given 3"),
+    "a schedule": (Schedule(), "given Schedule"),
+    "a dict of too few": (
+        {},
+        r"has 0 names and WanTransformer3DModel has 6 attention layers; they differ in blocks\.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["pipeline", "transformer", "dict"])
+@pytest.mark.parametrize(("given", "message"), NO_PROCESSOR.values(), ids=NO_PROCESSOR)
+def test_what_is_no_processor_changes_nothing(given, message, how):
+    pipe = tiny_pipeline()
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    before, (engine,) = dict(pipe.transformer.attn_processors), engines(pipe)
+    if how == "dict" and given != {}:
+        names = list(before)
+        given = dict.fromkeys(names, WanAttnProcessor()) | {names[3]: given}
+        message = rf"{names[3]} is given "
+    with pytest.raises(UsageError, match=message):
+        (pipe.transformer if how == "transformer" else pipe).set_attn_processor(given)
+    assert pipe.transformer.attn_processors == before
+    assert engines(pipe) == [engine]
+
+
+def test_ours_in_a_dict_is_told_apart():
+    pipe = tiny_pipeline()
+    ours = dict.fromkeys(pipe.transformer.attn_processors, AllBlocksProcessor())
+    with pytest.raises(UsageError, match=r"holds the settings of a whole model. Set it alone"):
+        pipe.transformer.set_attn_processor(ours)
+
+
+def test_a_dict_of_processors_is_left_as_it_was():
+    pipe = tiny_pipeline()
+    given = dict(pipe.transformer.attn_processors)
+    pipe.set_attn_processor(given)
+    assert list(given) == list(pipe.transformer.attn_processors)
+
+
+@pytest.mark.parametrize("put_back", ["default", "reset"])
+@pytest.mark.parametrize("foreign", ["radial", None, 3, WanAttnProcessor, AllBlocksProcessor()])
+def test_default_repairs_what_was_put_there_past_us(foreign, put_back, stock):
+    pipe = tiny_pipeline()
+    model = pipe.transformer
+    kept = model.blocks[1].attn2.processor
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    for module in (model.blocks[0].attn1, model.blocks[2].attn2):
+        module.set_processor(foreign)
+    if put_back == "default":
+        pipe.set_attn_processor("default")
+    else:
+        pipe.reset_attn_processor()
+    assert {type(processor) for processor in model.attn_processors.values()} == {WanAttnProcessor}
+    assert model.blocks[1].attn2.processor is kept
+    assert torch.equal(tiny_run(pipe), stock)
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    assert engines(pipe)
+
+
+def test_what_cannot_be_repaired_is_said(monkeypatch):
+    pipe = tiny_pipeline()
+    pipe.transformer.blocks[0].attn1.set_processor("radial")
+    monkeypatch.setattr(WanTransformer3DModel, "from_config", lambda config: 1 / 0)
+    with pytest.raises(UnsupportedError, match=r"blocks.0.attn1 of WanTransformer3DModel holds 'radial', .*load the"):
+        pipe.set_attn_processor("default")
 
 
 def test_targets_that_cannot_be_accelerated():
