@@ -115,6 +115,9 @@ class AdaSpa(Method):
     def dense_steps(self, total: int) -> list[int]:
         return list(range(self.searches(total)[0] + 1)) if total > 1 else []
 
+    def planning_steps(self, total: int) -> list[int]:
+        return [step for step in self.searches(total) if step < total]
+
     @property
     def needs_total(self) -> bool:
         return any(isinstance(s, float) and s for s in self.search_steps)

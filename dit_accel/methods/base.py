@@ -108,6 +108,11 @@ class Method:
         """Steps of a run of ``total`` on which the method itself is dense (:meth:`plan` gives None)."""
         return []
 
+    def planning_steps(self, total: int) -> list[int] | None:
+        """Steps of a run of ``total`` on which :meth:`plan` looks at the tensors, keeping what it finds until the next
+        one; None where it looks at them in every call."""
+        return [] if self.static else None
+
     @property
     def needs_total(self) -> bool:
         """Whether the method must know the number of steps of a run."""

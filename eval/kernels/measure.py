@@ -20,6 +20,7 @@ from ...state import State
 from . import rivals
 from .cases import SHAPES, Case, Shape
 from .clock import in_turn, observed
+from .kept import Run, run_of
 from .subjects import method_of, tensors
 
 WHOLE = AllBlocks(block_size=128)
@@ -39,14 +40,17 @@ def measure(
 
     ``seconds``: to spend on each side. ``cold``: overwrite the L2 cache before every timed call. ``times`` holds a
     summary in seconds of ``sparse`` (planning included; static plans are kept, as pipelines keep them, others made in
-    every call), ``kernel`` (the plan given), ``planning``, ``whole`` (our kernel on all pairs) and each rival.
+    every call), ``kernel`` (the plan given), ``planning``, ``whole`` (our kernel on all pairs) and each rival. A method
+    that searches on some steps only is timed between two searches, ``search`` apart; ratios spread it over ``run``.
     """
     shape = shape or SHAPES[case.shape]
     layout = shape.layout
     q, k, v = tensors(shape, device)
     method = WHOLE if case.method is None else method_of(case.method, case.density, layout)
-    start = time.perf_counter()
-    made = plan(q, k, v, method, layout=layout)
+    start, run, kept = time.perf_counter(), run_of(method), State()
+    if run is not None:
+        plan(q, k, v, method, layout=layout, state=kept, step=run.search)
+    made = plan(q, k, v, method, layout=layout, state=kept, step=None if run is None else run.between)
     if made is None:
         raise ValueError(f"{case.key}: the method runs this call dense; choose one that has a plan at the first step")
     first = time.perf_counter() - start
@@ -55,7 +59,7 @@ def measure(
     whole = plan(None, None, None, WHOLE, layout=layout).to(q.device)
     for served in [tiled(whole, q, backend=case.backend), *([tiles] if case.quant is None else [])]:
         _warm(served, q, k, v, case.backend)
-    sides = _sides(method, made, whole, q, k, v, how)
+    sides = _sides(method, made, whole, q, k, v, how, run, kept)
     dense, why = rivals.dense(q, k, v)
     others: dict[str, Side] = {}
     if case.section not in _WITHOUT_RIVALS and case.method is not None:
@@ -77,24 +81,28 @@ def measure(
     return {
         **case.to_dict(), "tokens": layout.tokens, "heads": shape.heads, "dim": shape.dim, "kept": made.density,
         "tiers": tiers, "static": method.static, "times": times, "best_dense": best, "not_compared": why,
-        "first_plan": first, "error": error, "work": work, **_ratios(times, best, made.density, work, shape, layout),
+        "first_plan": first, "error": error, "work": work, "run": None if run is None else run.to_dict(),
+        **_ratios(times, best, made.density, work, shape, layout, run),
     }  # fmt: skip
 
 
 def _sides(
-    method: Method, made: Plan, whole: Plan, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]
-) -> dict[str, Side]:
-    kept = State()
+    method: Method, made: Plan, whole: Plan, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any], run: Run | None,
+    kept: State,
+) -> dict[str, Side]:  # fmt: skip
+    layout, step = how["layout"], None if run is None else run.between
 
     def state() -> State:
-        return kept if method.static else State()
+        return kept if method.static or run is not None else State()
 
     sides = {
-        "sparse": lambda: attend(q, k, v, method, state=state(), **how),
+        "sparse": lambda: attend(q, k, v, method, state=state(), step=step, **how),
         "kernel": lambda: attend(q, k, v, plan=made, **how),
-        "planning": lambda: plan(q, k, v, method, layout=how["layout"], state=state()),
+        "planning": lambda: plan(q, k, v, method, layout=layout, state=state(), step=step),
         "whole": lambda: attend(q, k, v, plan=whole, **{**how, "quant": None}),
     }
+    if run is not None:
+        sides["search"] = lambda: plan(q, k, v, method, layout=layout, state=State(), step=run.search)
     return sides if method != WHOLE else {name: sides[name] for name in ("sparse", "kernel", "whole")}
 
 
@@ -140,10 +148,15 @@ def workload(made: Plan, tiles: TilePlan, shape: Shape) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _ratios(times, best: str, kept: float, work: dict[str, float], shape: Shape, layout: Layout) -> dict[str, float]:
+def _ratios(
+    times, best: str, kept: float, work: dict[str, float], shape: Shape, layout: Layout, run: Run | None
+) -> dict[str, float]:
     """``of_own``, ``of_best``: share of the 1/d limit, planning included, against our kernel on all pairs and the best
-    dense one. ``rate``: TFLOP/s of executed pairs in the kernel; ``of_rate``: over the best dense kernel's."""
+    dense one. ``rate``: TFLOP/s of executed pairs in the kernel; ``of_rate``: over the best dense kernel's. The
+    searches of a ``run`` count as planning, each as long as one that starts afresh."""
     dense, sparse, kernel = (times[name]["median"] for name in (best, "sparse", "kernel"))
+    search = 0.0 if run is None else run.spread(times["search"]["median"])
+    sparse += search
     rate = work["flops"] / kernel / 1e12
     dense_rate = 4.0 * layout.tokens**2 * shape.dim * shape.heads / dense / 1e12
     found = {
@@ -151,5 +164,5 @@ def _ratios(times, best: str, kept: float, work: dict[str, float], shape: Shape,
         "kernel_of_best": kept * dense / kernel, "rate": rate, "of_rate": rate / dense_rate, "dense_rate": dense_rate,
     }  # fmt: skip
     if "planning" in times:
-        found["planning_share"] = times["planning"]["median"] / dense
+        found["planning_share"] = (times["planning"]["median"] + search) / dense
     return found

@@ -31,6 +31,7 @@ def markdown(document: dict[str, Any]) -> str:
     if any("host" in row["times"]["sparse"] for row in rows):
         caches = "overwritten" if document.get("cold") else "left as it was"
         notes.append(f"times are the GPU's own, host: until the call returned; its L2 cache was {caches} between calls")
+    notes += [_searches(row) for row in rows if row.get("run")]
     notes += [note for row in rows for note in _bound(row)]
     notes += [f"{key}: {row['failure']}" for key, row in document["rows"].items() if "failure" in row]
     return "\n".join([*lines, "", *notes])
@@ -52,6 +53,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{1e3 * flex['median']:.2f}" if flex else "–", f"{work['partial']:.0%}", f"{work['longest']:.2f}",
         f"{row['error']['kernel']:.1e}",
     ]  # fmt: skip
+
+
+def _searches(row: dict[str, Any]) -> str:
+    run, each = row["run"], 1e3 * row["times"]["search"]["median"]
+    return (
+        f"{row['shape']} {row['method']}: {run['searches']} searches of {each:.2f} ms in a run of {run['steps']} steps "
+        f"are spread over its {run['sparse']} sparse calls in ratios and planning, not in ours, ms"
+    )
 
 
 def _bound(row: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dit_accel
-from dit_accel import AdaSpa, AdaSpaProcessor, Layout, Schedule, State, Step, UsageError, attend
+from dit_accel import AdaSpa, AdaSpaProcessor, Layout, Pisa, Radial, Schedule, State, Step, UsageError, attend
 from dit_accel.diffusers import engines
 from dit_accel.eval import method_spec
 from dit_accel.methods import Method, adaspa
@@ -223,6 +223,13 @@ def test_without_a_step_every_call_searches_its_own_tensors(monkeypatch):
 )  # fmt: skip
 def test_search_steps(steps, total, expected):
     assert AdaSpa(search_steps=steps).searches(total) == expected
+
+
+def test_it_plans_on_its_search_steps_others_always_or_never():
+    assert AdaSpa().planning_steps(50) == [9, 29]
+    assert AdaSpa(search_steps=(0, 40)).planning_steps(30) == [0]
+    assert Pisa().planning_steps(50) is None
+    assert Radial().planning_steps(50) == []
 
 
 def test_a_layer_that_missed_its_search_searches_when_it_is_next_called(monkeypatch):

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dit_accel import AdaSpa, Pisa, Radial, Step
 from dit_accel.eval.kernels import measure as module
 from dit_accel.eval.kernels import rivals
 from dit_accel.eval.kernels.cases import Case, Shape
 from dit_accel.eval.kernels.clock import observed
+from dit_accel.eval.kernels.kept import Run, run_of
 from dit_accel.eval.kernels.measure import measure, workload
 from dit_accel.eval.kernels.table import markdown
 from dit_accel.kernels import BlockList, TilePlan, autotune
@@ -34,6 +36,38 @@ def test_a_row(method, backend, tier):
     assert row["rate"] == pytest.approx(row["work"]["flops"] / median["kernel"] / 1e12)
     assert max(row["error"].values()) < 1e-5
     assert f"| tiny | 512 | 16 | {method} |" in markdown({"section": "cpu", "rows": {case.key: row}})
+
+
+def test_a_method_that_keeps_its_maps_is_timed_between_two_searches(monkeypatch):
+    searched = []
+    plain = AdaSpa._search
+
+    def search(self, q, k, call, lse):
+        searched.append(call.step)
+        return plain(self, q, k, call, lse)
+
+    monkeypatch.setattr(AdaSpa, "_search", search)
+    case = Case("cpu", "tiny", "adaspa", 0.5, backend="gather")
+    row = measure(case, "cpu", seconds=0, shape=SHAPE)
+    # One that the timed calls use; then those of the side that searches, once untimed and thrice timed.
+    assert searched == [Step(9, 50)] * 5
+    assert row["run"] == {"steps": 50, "searches": 2, "sparse": 40}
+    median = {name: times["median"] for name, times in row["times"].items()}
+    sparse = median["sparse"] + median["search"] * 2 / 40
+    assert row["speedup"] == pytest.approx(median["torch"] / sparse)
+    assert row["of_own"] == pytest.approx(row["kept"] * median["whole"] / sparse)
+    assert row["planning_share"] == pytest.approx((median["planning"] + median["search"] * 2 / 40) / median["torch"])
+    assert row["error"]["kernel"] < 1e-5
+    assert "tiny adaspa: 2 searches of" in markdown({"section": "cpu", "rows": {case.key: row}})
+
+
+@pytest.mark.parametrize(("method", "run"), [
+    (AdaSpa(), Run(Step(9, 50), Step(10, 50), 2, 40)),
+    (AdaSpa(search_steps=(0, 1, 0.6)), Run(Step(0, 50), Step(2, 50), 3, 49)),
+    (AdaSpa(search_steps=(49,)), None), (AdaSpa(search_steps=tuple(range(50))), None), (Radial(), None), (Pisa(), None),
+], ids=str)  # fmt: skip
+def test_runs_of_methods(method, run):
+    assert run_of(method) == run
 
 
 def test_quantised_attention_of_all_pairs_has_a_row():
