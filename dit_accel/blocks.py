@@ -24,7 +24,7 @@ class Blocks:
         """Blocks of ``size``; the last one may be shorter. Equal arguments give the same object."""
         return _uniform(n, size)
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
         return int(self.bounds[-1])
 
@@ -36,12 +36,17 @@ class Blocks:
     def sizes(self) -> Tensor:
         return self.bounds.diff()
 
-    @property
+    @functools.cached_property
     def size(self) -> int | None:
         """The common size of all blocks but a shorter last one, or None."""
         sizes = self.sizes
         first = int(sizes[0])
         return first if bool((sizes[:-1] == first).all()) and int(sizes[-1]) <= first else None
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Slots of the largest block."""
+        return int(self.sizes.max())
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``bounds`` and :meth:`owner` on ``device``, copied there once: a copy to a GPU waits for it."""

@@ -79,8 +79,8 @@ def attend(
         if plan is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)
     scale = plan.softmax_scale(q.shape[-1], scale)
-    tiles = tiled(plan, q, backend=backend, return_lse=return_lse, quant=quant)
-    how = {"scale": scale, "kv_valid": kv_valid, "backend": backend, "return_lse": return_lse}
+    tiles, tier, _ = served(plan, q, backend=backend, return_lse=return_lse, quant=quant)
+    how = {"scale": scale, "kv_valid": kv_valid, "backend": tier, "return_lse": return_lse}
     try:
         if quant is None:
             out, lse = block_sparse_attention(q, k, v, tiles, **how)
@@ -142,17 +142,27 @@ def _static(method: Method, call: Call) -> Plan:
     return method.plan(None, None, None, call).to(call.device)
 
 
+def served(
+    plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, quant: Quant | None = None
+) -> tuple[TilePlan, str, str]:
+    """The TilePlan for the tier that will serve ``q``, that tier and why it was chosen; kept with the plan."""
+    key = "served", q.device, q.dtype, q.shape[-1], backend, return_lse, quant
+    if key not in plan._memo:
+        own = lower(plan)
+        tier, why = tier_of(own, q, backend=backend, return_lse=return_lse, quant=quant)
+        if tier in ("triton", "quant-triton"):  # the only tier with tile sizes of its own
+            from .kernels.block_sparse.triton import tile_for
+
+            own = lower(plan, tile_for(own, q))
+        plan._memo[key] = own, tier, why
+    return plan._memo[key]
+
+
 def tiled(
     plan: Plan, q: Tensor, *, backend: str = "auto", return_lse: bool = False, quant: Quant | None = None
 ) -> TilePlan:
-    """The TilePlan for the tier that will serve ``q``; only the GPU kernel has tile sizes of its own."""
-    own = lower(plan)
-    tier, _ = tier_of(own, q, backend=backend, return_lse=return_lse, quant=quant)
-    if tier not in ("triton", "quant-triton"):
-        return own
-    from .kernels.block_sparse.triton import tile_for
-
-    return lower(plan, tile_for(own, q))
+    """The TilePlan for the tier that will serve ``q``."""
+    return served(plan, q, backend=backend, return_lse=return_lse, quant=quant)[0]
 
 
 def tier_of(

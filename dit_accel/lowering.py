@@ -40,8 +40,7 @@ def tile_of(blocks: Blocks) -> int:
     """The tile size that suits a partition: its own block size, unless that is one token or large and uneven."""
     size = blocks.size
     if size is None:
-        largest = int(blocks.sizes.max())
-        return largest if largest <= LARGEST else USUAL
+        return blocks.largest if blocks.largest <= LARGEST else USUAL
     return size if size > 1 else USUAL
 
 

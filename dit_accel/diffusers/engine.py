@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..functional import WHOLE, attend, make_plan, tier_of, tiled
+from ..functional import WHOLE, attend, make_plan, served
 from ..layout import Layout
 from ..methods import Call
 from ..precision import adapted
@@ -258,9 +258,9 @@ class Engine:
             quant = adapted(quant, layer, forward.step, slice(0, q.shape[1]))
             if quant is None and self.processor.method is None:
                 return self._dense(layer, call, "schedule")
-        tier, why = tier_of(tiled(plan, q, backend=backend, quant=quant), q, backend=backend, quant=quant)
+        _, tier, why = served(plan, q, backend=backend, quant=quant)
         out = attend(
-            q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=tier, quant=quant
+            q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=backend, quant=quant
         )  # fmt: skip
         if self.processor.guard.active and not self._passes(layer, Ran(q, k, v, out, plan, call.scale, valid, quant)):
             return self._dense(layer, call, "guard")

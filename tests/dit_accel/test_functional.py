@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dit_accel
-from dit_accel import AllBlocks, Layout, Radial, RandomBlocks, State, UnsupportedError, UsageError, attend
+from dit_accel import AllBlocks, Layout, Radial, RandomBlocks, State, UnsupportedError, UsageError, attend, functional
 
 LAYOUT = Layout((5, 6, 7), text=9)
 
@@ -118,3 +118,18 @@ def test_errors_name_what_is_wrong():
         attend(q, k, v, AllBlocks(), layout=LAYOUT, quant="int8")
     with pytest.raises(UsageError, match=r"\(B, H, N, D\)"):
         attend(q[0], k, v, AllBlocks(), layout=LAYOUT)
+
+
+def test_the_tier_of_a_plan_that_is_kept_is_chosen_once_for_equal_calls(monkeypatch):
+    asked, stock = [], functional.choose
+    monkeypatch.setattr(
+        functional, "choose", lambda q, *a, **k: asked.append((q.dtype, k["backend"])) or stock(q, *a, **k)
+    )
+    q, k, v = tensors(dtype=torch.float32)
+    method, state = Radial(block_size=32), State()
+    for _ in range(3):
+        attend(q, k, v, method, layout=LAYOUT, state=state, backend="gather")
+    assert asked == [(torch.float32, "gather")]
+    attend(*(x.double() for x in (q, k, v)), method, layout=LAYOUT, state=state, backend="gather")
+    attend(q, k, v, method, layout=LAYOUT, state=state, backend="reference")
+    assert asked[1:] == [(torch.float64, "gather"), (torch.float32, "reference")]

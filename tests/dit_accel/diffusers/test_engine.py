@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dit_accel import AllBlocksProcessor, Guard, Processor, RandomBlocksProcessor, Schedule, UnsupportedError
+from dit_accel import (
+    AllBlocksProcessor,
+    Guard,
+    PisaProcessor,
+    Processor,
+    RandomBlocksProcessor,
+    Schedule,
+    UnsupportedError,
+    functional,
+)
 from dit_accel.diffusers import engine as engine_module
 from dit_accel.diffusers import engines
 from dit_accel.guard import Flags
@@ -238,3 +247,14 @@ def test_the_flex_tier(wan):
     model.set_attn_processor(AllBlocksProcessor(backend="flex", schedule=Schedule.none(), block_size=32))
     assert (model(**call).sample - stock).abs().max() < 1e-5
     assert engines(model)[0].stats.tiers == {"flex": 3}
+
+
+def test_a_call_chooses_its_tier_once(wan, monkeypatch):
+    model, call, _ = wan
+    model.set_attn_processor(PisaProcessor(**SPARSE))
+    asked, stock = [], functional.choose
+    monkeypatch.setattr(functional, "choose", lambda *a, **k: asked.append(k["backend"]) or stock(*a, **k))
+    model(**call)
+    (engine,) = engines(model)
+    assert engine.stats.tiers == {"gather": len(asked)}
+    assert asked
