@@ -1,12 +1,13 @@
 """Checks of values that users pass: each gives the plain Python value, or raises ``UsageError`` in one form.
 
-Numbers of NumPy are taken for what they are. A bool is no number, nor is a string that reads like one.
+Numbers of NumPy, and whole ones of torch, are taken for what they are. A bool is no number, nor is a string of digits.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +16,14 @@ from .errors import UsageError
 
 def plain(value: Any) -> int | float | None:
     """``value`` as an int or a float, None where it is no number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool):
         return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def whole(name: str, value: Any, what: str, least: int | None = 1) -> int:

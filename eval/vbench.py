@@ -122,7 +122,9 @@ def _checked(scores: Mapping[str, float]) -> dict[str, float]:
             raise UsageError(f"dimension {name!r} is given twice")
         score = plain(value)
         if score is None or not math.isfinite(score) or not -1 <= score <= 1:
-            raise UsageError(f"{name} must be the package's own score, at most 1; got {value}. Divide percents by 100")
+            raise UsageError(
+                f"{name} must be the package's own score, at most 1; got {value!r}. Divide percents by 100"
+            )
         given[name] = float(score)
     return given
 

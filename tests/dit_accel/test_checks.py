@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dit_accel import (
     GNA,
@@ -139,6 +140,7 @@ def test_numbers_of_numpy_become_plain_ones():
     assert type(Radial(block_size=np.int64(64)).block_size) is int
     assert Layout(np.array([2, 3, 4]), text=np.int32(5)) == Layout((2, 3, 4), text=5)
     assert type(Layout(np.array([2, 3, 4])).grid[0]) is int
+    assert Layout(torch.tensor([2, 3, 4])) == Layout((2, 3, 4))
     assert Schedule(first=np.float64(0.5), layers=np.int64(2)) == Schedule(first=0.5, layers=2)
     assert type(Schedule(first=np.int64(2)).first) is int
     assert AdaSpa(search_steps=np.array([1, 3])).search_steps == (1, 3)
