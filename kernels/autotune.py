@@ -6,6 +6,7 @@ Never inside a call: :func:`warm` measures, and calls look up what it found. By 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
@@ -242,13 +243,16 @@ def _time(launch: Callable[[], object]) -> float:
     return statistics.median(timing.device_seconds(launch, host)[0] for _ in range(10))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure the usual kinds: whole blocks of 128 and 64, head dims 64 and 128, three lengths, in bfloat16.
 
     1 where a kind could not be measured or the GPU's context broke, 2 without a GPU.
     """
     from .blocklist import BlockList
 
+    parser = argparse.ArgumentParser(prog="python -m dit_accel.kernels.autotune", description="Measure block sizes")
+    parser.add_argument("--missing", action="store_true", help="only kinds that have no entry yet, to go on")
+    again = not parser.parse_args(argv).missing
     if not torch.cuda.is_available():
         print("autotune: no CUDA device; there is nothing to measure", file=sys.stderr)
         return 2
@@ -260,7 +264,7 @@ def main() -> int:
             mask = torch.rand(1, heads, n, n, device=device) < 0.25
             plan = TilePlan(tile, tile, tokens, tokens, BlockList.from_mask(mask), kept=True)
             try:
-                entry = warm(plan, q, k, v, again=True)
+                entry = warm(plan, q, k, v, again=again)
             except DeviceLost as error:
                 print(f"{error}\nWhat was found before is kept in {path()}", file=sys.stderr)
                 return 1

@@ -157,7 +157,7 @@ def test_the_folder_follows_the_platform(monkeypatch, tmp_path):
 
 def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert autotune.main() == 2
+    assert autotune.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -259,7 +259,8 @@ def test_the_time_of_a_launch_is_the_devices(monkeypatch):
     timing.cycles_per_second.cache_clear()
 
 
-def test_a_kind_without_an_entry_ends_with_1(monkeypatch, capsys):
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_kind_without_an_entry_ends_with_1(monkeypatch, capsys, missing):
     """Every length, head dim and tile is asked for on the GPU."""
     asked = []
 
@@ -273,7 +274,7 @@ def test_a_kind_without_an_entry_ends_with_1(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(autotune, "warm", warm)
-    assert autotune.main() == 1
+    assert autotune.main(["--missing"] if missing else []) == 1
     assert len(set(asked)) == 12
     assert capsys.readouterr().out.count("None") == 1
-    assert all(again for _, again in asked)
+    assert {again for _, again in asked} == {not missing}

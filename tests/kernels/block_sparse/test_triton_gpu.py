@@ -32,8 +32,9 @@ def _needs_cuda():
         pytest.fail("pytest -m gpu was asked for and torch sees no CUDA device")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dim", [16, 64, 72, 96, 128, 256])
+# Head dims stand in the ids as d64, so that -k cuts the suite into parts (``python -m dit_accel.eval.gpu --list``).
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 72, 96, 128, 256], ids="d{}".format)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_error_is_at_most_twice_plain_torch(layout, method, dim, dtype):
@@ -126,7 +127,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
 @pytest.mark.parametrize("copied", [False, True], ids=["found", "copied"])
-@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128], ids="d{}".format)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_way_to_launch_gives_the_same(name, dim, permuted, copied, monkeypatch):
     monkeypatch.setattr(triton_order, "COPY_FROM", 0 if copied else 1 << 60)
@@ -140,7 +141,7 @@ def test_every_way_to_launch_gives_the_same(name, dim, permuted, copied, monkeyp
     assert (out.double() - exact).norm() / exact.norm() <= 2 * allowed + 1e-6
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128], ids="d{}".format)
 def test_guard_bands_stay_untouched(dim, monkeypatch):
     """Outputs start as NaN between bands of NaN: all of them is written and nothing beside them."""
     made = []

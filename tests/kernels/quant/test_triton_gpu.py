@@ -31,7 +31,7 @@ def tensors(tokens, dim, dtype=torch.bfloat16, heads=4, kv_heads=2, bias=2.0):
     return q.to(dtype), (k + bias * k[:, :, :1]).to(dtype), v.to(dtype)
 
 
-@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256], ids="d{}".format)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("method", [None, RandomBlocks(seed=3)], ids=["dense", "sparse"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -30,7 +30,7 @@ def test_largest_and_compact(n):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [[64] * 20 + [9], [70, 1, 128, 3]], ids=["even", "ragged"])
-@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize("dim", [64, 72, 128], ids="d{}".format)
 def test_block_statistics(sizes, dim, dtype, monkeypatch):
     n = sum(sizes)
     k, v = (torch.randn(2, n, 3, dim, device="cuda", dtype=dtype).transpose(1, 2) + 1 for _ in range(2))
