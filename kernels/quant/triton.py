@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse import triton as plain
+from ..block_sparse.schedule import row_order
 from ..predicate import Predicate
 from ..tileplan import TilePlan
 from ..tuning import Tuning
@@ -92,6 +93,7 @@ def arguments(
         codes, k, v, out, lse, x.q_scale.contiguous(), x.k_scale.contiguous(), _flat(x.v_scale), _flat(x.v_mean),
         _delta(x, scale), alive_arguments(live), raw,
         codes.stride()[:3], k.stride()[:3], v.stride(), out.stride()[:3],
+        row_order(plan, len(q), q.shape[1], q.shape[1] // k.shape[1]),
         plain.list_arguments(plan.full), plain.list_arguments(plan.partial), *plain.predicate_arguments(predicate),
         plain.gate_arguments(plan.gate if plan.partial is not None else None),
         tuple(plain.group_arguments(group, q.shape[1]) for group in plan.reps) or None,

@@ -23,7 +23,7 @@ from ..block_sparse.triton_kernel import (
 def forward(
     q, k, v, out, lse, q_scale, k_scale, v_scale, v_mean, delta, alive, raw,
     q_strides, k_strides, v_strides, out_strides,
-    full, partial, box, disc, band, always, gate, reps, first_order, row_factors,
+    rows, full, partial, box, disc, band, always, gate, reps, first_order, row_factors,
     n_q, n_k, heads, groups, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTHS: tl.constexpr, SMOOTH: tl.constexpr,
@@ -38,7 +38,8 @@ def forward(
     contiguous. delta: what smoothed queries add to the logits, (float32 (batch, heads, blocks, n_k), strides (batch,
     head)), SMOOTH queries per block, or None. alive: (uint8, strides (batch, head)) over key slots, or None. Logits are
     in base 2. lse: float32 (batch, heads, n_q) or None. raw: the queries as given, with strides (batch, head, token),
-    for representatives, or None. Tables, representatives and what follows as in ``block_sparse.triton_kernel.forward``.
+    for representatives, or None. rows, tables, representatives and what follows as in
+    ``block_sparse.triton_kernel.forward``.
 
     PV: what weights are rounded to, "fp8", "int8", "fp16" or "" for v's own type; UNIT: what 8-bit weights are scaled
     by, "static", "tile" or "row" of the block of keys; LIMIT: the code of that unit. NARROW: FP16 sums within a block.
@@ -47,13 +48,14 @@ def forward(
     # Triton 3.6 takes an entry of a compile-time tuple for a shape only by a name.
     wide: tl.constexpr = WIDTHS[2]
     tail: tl.constexpr = WIDTHS[3]
-    blocks = tl.cdiv(n_q, TILE_Q) * splits
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = (pid // blocks // heads).to(tl.int64)
-    h = (pid // blocks % heads).to(tl.int64)
-    tile = block // splits
-    start = tile * TILE_Q + block % splits * BLOCK_Q
+    tiles = tl.cdiv(n_q, TILE_Q)
+    row = tl.program_id(0) // splits
+    if rows is not None:
+        row = tl.load(rows + row)
+    b = (row // tiles // heads).to(tl.int64)
+    h = (row // tiles % heads).to(tl.int64)
+    tile = row % tiles
+    start = tile * TILE_Q + tl.program_id(0) % splits * BLOCK_Q
     if start >= n_q:
         return
 
@@ -147,8 +149,7 @@ def forward(
             acc, acc_tail, base, token, raw[1][2], live, share, first_order, b, h, D, DV, WIDTHS, EMULATED
         )
     if row_factors is not None:
-        row = (b * heads + h) * tl.cdiv(n_q, TILE_Q) + tile
-        acc, acc_tail = apply_row_factors(acc, acc_tail, row_factors, row, DV, WIDTHS)
+        acc, acc_tail = apply_row_factors(acc, acc_tail, row_factors, row.to(tl.int64), DV, WIDTHS)
     out += b * out_strides[0] + h * out_strides[1]
     store_rows(out, token, out_strides[2], live, acc, WIDTHS[2], 0, DV)
     if WIDTHS[3]:

@@ -1,5 +1,7 @@
 """The quantised Triton kernel in Triton's interpreter, against the reference tier. Run with TRITON_INTERPRET=1 set."""
 
+from dataclasses import replace
+
 import covering
 import pytest
 import quantised
@@ -9,6 +11,8 @@ import torch
 import dit_accel
 from dit_accel import Layout
 from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse import schedule
+from dit_accel.kernels.quant import triton as tier
 from dit_accel.kernels.quant.api import choose, quantized_attention
 from dit_accel.lowering import lower
 from dit_accel.methods import REGISTRY
@@ -105,6 +109,17 @@ def test_representatives(features, name):
     assert run[0].isfinite().all()
     assert (run[0] - run[1]).abs().max() < 0.05
     assert (run[0] - run[1]).abs().mean() < 1e-3
+
+
+def test_longest_rows_come_first_and_change_nothing(make_case, monkeypatch):
+    case = make_case(seed=9, n_q=70, n_k=90, b=2, heads=3, predicate="box1", per_sample=True, tile=(16, 32), dim=32)
+    case.plan = replace(case.plan, kept=True, _memo={})
+    orders = []
+    monkeypatch.setattr(tier, "row_order", lambda *a: orders.append(schedule.row_order(*a)) or orders[-1])
+    compare(case, RECIPES["sage2"])
+    (rows,) = orders
+    assert rows.tolist() != list(range(len(rows)))
+    assert rows.sort().values.tolist() == list(range(2 * 3 * case.plan.tiles_q))
 
 
 def test_blocks_smaller_than_tiles(make_case, monkeypatch):
