@@ -11,6 +11,7 @@ from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
 from .kernels.dense import choose_dense
+from .kernels.live import without_dead
 from .kernels.quant.api import choose as choose_quantized
 from .kernels.quant.api import quantized_attention
 from .kernels.tileplan import TilePlan
@@ -51,10 +52,10 @@ def attend(
 
     q: (B, H, Nq, D); k, v: (B, Hk, Nk, D), H a multiple of Hk. ``layout`` describes the queries (and the keys,
     unless ``kv_layout`` is given). ``method=None`` without a ``plan`` is dense. ``kv_valid``: int32 (B,), keys
-    from that index on are dead. ``scale=None`` takes the method's own, else D**-0.5. ``state`` lets a method
-    keep what it found between calls and caches static plans; without it a stateful method searches afresh.
-    ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``. ``quant``: a
-    :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
+    from that index on are dead and may hold anything. ``scale=None`` takes the method's own, else D**-0.5.
+    ``state`` lets a method keep what it found between calls and caches static plans; without it a stateful method
+    searches afresh. ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``.
+    ``quant``: a :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
     Raises ``UsageError`` for tensors that do not fit one another or the layout and for ``method`` beside ``plan``,
@@ -186,6 +187,7 @@ def _dense(q, k, v, kv_valid, scale, backend, return_lse):
             kernel, _ = choose_dense(q, v)
             return kernel.run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         if kv_valid is not None:
+            k, v = without_dead(k, v, kv_valid)
             mask = (torch.arange(k.shape[2], device=k.device) < kv_valid.to(k.device)[:, None])[:, None, None, :]
         gqa = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)

@@ -100,7 +100,7 @@ def sample(
         query, keys, values = heads.of(queries), k[:, heads.keys].to(dtype), v[:, heads.keys].to(dtype)
         scores = heads.product(query, keys.mT)
         if dead is not None:
-            scores = scores.masked_fill(dead, -torch.inf)
+            scores, values = scores.masked_fill(dead, -torch.inf), values.masked_fill(dead.mT, 0)
         weights, mine = (scores * dense).softmax(-1), heads.of(seen)
         planned = _planned(query, (scores * own).masked_fill(~mine, -torch.inf), values, plan, block, heads, own)
         parts.append((*planned, heads.product(weights, values), (weights * mine).sum(-1)))

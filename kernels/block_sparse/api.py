@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..live import without_dead
 from ..tileplan import TilePlan
 from . import flash, flex, gather, reference
 
@@ -28,8 +29,8 @@ def block_sparse_attention(
     """Attention restricted to the plan's pairs.
 
     q: (B, H, Nq, D); k: (B, Hk, Nk, D); v: (B, Hk, Nk, Dv) with H a multiple of Hk, float16, bfloat16, float32
-    or (reference, gather, flash) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead.
-    ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
+    or (reference, gather, flash) float64. ``kv_valid``: int32 (B,), keys from that token index on are dead
+    and may hold anything. ``backend``: a tier's name as resolved by :func:`choose`, or ``"auto"``.
     Returns out (B, H, Nq, Dv) in q's dtype and the natural-log LSE (B, H, Nq), or None where not asked for. Raises
     ``ValueError`` for tensors and tables that do not fit, ``NotImplementedError`` for an LSE of a plan whose output is
     no plain softmax.
@@ -42,6 +43,7 @@ def block_sparse_attention(
         from . import triton as tier_triton
 
         return tier_triton.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, return_lse=return_lse)
+    k, v = without_dead(k, v, kv_valid)
     run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
     turn = flash.heads_at_once(q, k, v, plan, kv_valid is not None) if tier == "flash" else q.shape[1]
     out, lse = _by_heads(run, turn, q, k, v, plan, scale, kv_valid)
