@@ -65,7 +65,7 @@ def steps(out: Path, *, tests: bool, sanitizer: bool) -> list[Step]:
         found += [Step(f"tests-d{dim}", (*pytest, f"d{dim}")) for dim in DIMS]
         found.append(Step("tests-rest", (*pytest, " and ".join(f"not d{dim}" for dim in DIMS))))
     if tests and sanitizer:
-        found.append(Step("memcheck", (*checked, "guard_bands or dead_keys or largest"), _CHECKED))
+        found.append(Step("memcheck", (*checked, "guard_bands or beside_a_buffer or dead_keys or largest"), _CHECKED))
     tune = ("python", "-m", "dit_accel.kernels.autotune", "--missing")
     found.append(Step("autotune", tune, keeps=autotune.path()))
     for section in SECTIONS:

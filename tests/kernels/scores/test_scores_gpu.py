@@ -36,7 +36,7 @@ def tensors(rows, keys, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256], ids="d{}".format)
 @pytest.mark.parametrize("size", [64, 128, 50])
 def test_mass(size, dim, dtype, kernels):
     rows, keys = 1000, 777
@@ -57,7 +57,7 @@ def test_mass(size, dim, dtype, kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256], ids="d{}".format)
 @pytest.mark.parametrize(("per_row", "per_column"), [(32, 16), (5, 3)])
 def test_importance(per_row, per_column, dim, dtype, kernels):
     m, n = 900 // per_row, 700 // per_column
