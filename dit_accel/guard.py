@@ -153,12 +153,14 @@ class Flags:
         self._raised[KINDS.index(kind), layer] |= raised.to(torch.int32)
 
     def read(self, group: Any = None) -> dict[int, str]:
-        """Layer -> the first kind raised, on any rank of a process ``group``. The one host sync of a forward."""
+        """Layer -> the first kind raised, on any rank of a process ``group``. The guard's host sync."""
         if group is not None:
             torch.distributed.all_reduce(self._raised, torch.distributed.ReduceOp.MAX, group=group)
         found: dict[int, str] = {}
-        for kind, layer in torch.nonzero(self._raised).tolist():
-            found.setdefault(layer, KINDS[kind])
+        for kind, layers in zip(KINDS, self._raised.tolist(), strict=True):
+            for layer, raised in enumerate(layers):
+                if raised:
+                    found.setdefault(layer, kind)
         return dict(sorted(found.items()))
 
     def clear(self) -> None:

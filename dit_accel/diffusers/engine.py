@@ -28,6 +28,7 @@ from .families import Family
 from .hooks import Seat
 from .masks import Live, Unreadable, live_keys
 from .parallel import Refused, Share, Ulysses
+from .seen import Seen
 from .stats import Stats
 from .tracker import StepTracker
 from .watch import Ran, Watch
@@ -71,6 +72,9 @@ class Engine:
     ``family``: how the model is built. ``scheduler``: returns the pipeline's scheduler or None. Making one raises
     ``UnsupportedError`` when the method has no meaning on this family or an attention class cannot be derived, and
     leaves the model untouched; :meth:`attach` changes it. The engine lives on the forward hooks of its model.
+
+    No attention call makes the host wait for a GPU. A forward does for the guard's flags, where it checked a call; for
+    a mask, once per tensor; and for its timestep, where nothing else tells the step (``StepTracker``).
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Engine:
         self.watch = Watch(processor.guard, self.stats, self.warn)
         self._layouts: set[Layout] = set()
         self._read: deque[tuple[tuple[Any, ...], tuple[Layout, ...]]] = deque(maxlen=4)  # guidance branches alternate
+        self._masks = Seen()
         self._sites = [module for _, module in sites]
         self._adopted: list[tuple[nn.Module, Any]] = []
         self._seat: Seat | None = None
@@ -326,13 +331,14 @@ class Engine:
         return layout
 
     def _live_keys(self, call: ops.Primitive, layout: Layout) -> Live | None:
-        """The call's mask as live keys; looked into once per mask and forward."""
+        """The call's mask as live keys; looked into once per forward, or once where the same tensor comes again."""
         mask = call.attn_mask
         if mask is None:
             return None
         known = next((result for *seen, result in self.forward.masks if self._same_mask(mask, layout, *seen)), _UNSEEN)
         if known is _UNSEEN:
-            known = self._read_mask(mask, call.query.shape[0], layout)
+            batch = call.query.shape[0]
+            known = self._masks.read(mask, lambda: self._read_mask(mask, batch, layout), batch, layout)
             self.forward.masks.append((mask, layout, known))
         if isinstance(known, str):
             raise _Unsupported("mask", known)

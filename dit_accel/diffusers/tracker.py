@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..step import Step
+from .seen import Seen
 
 # Upstream's name for both guidance halves in one batch; a Step calls that no branch.
 _BATCHED = "cond_uncond"
@@ -20,6 +21,9 @@ _BATCHED = "cond_uncond"
 
 class StepTracker:
     """Polled once per transformer forward.
+
+    What a scheduler holds is read once per run. The timestep is read where neither the pipeline's context nor a
+    scheduler that counts tells the step; where it lies on a GPU, such a forward waits for it once per tensor.
 
     ``scheduler``: returns the pipeline's current scheduler or None. ``offset + scale * timestep`` is one of the
     scheduler's timesteps, where ``timestep`` is the transformer's argument.
@@ -32,7 +36,10 @@ class StepTracker:
         self._context: dict[str, Any] = {}
         self._timesteps: Any = None
         self._values: list[float] = []
+        self._sigmas: Any = None
+        self._levels: list[float] = []
         self._seen: list[float] = []
+        self._read = Seen()
         self._last: Step | None = None
 
     @contextlib.contextmanager
@@ -81,15 +88,20 @@ class StepTracker:
             if index is None:
                 index = getattr(scheduler, "begin_index", None) or 0
         else:
-            value = self._offset + self._scale * _number(timestep)
+            value = self._offset + self._scale * self._number(timestep)
             index = min(range(len(self._values)), key=lambda i: abs(self._values[i] - value))
+        return int(index), self._total(), self._sigma(scheduler, index)
+
+    def _sigma(self, scheduler: Any, index: int) -> float | None:
         sigmas = getattr(scheduler, "sigmas", None)
-        sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
-        return int(index), self._total(), sigma
+        if sigmas is not self._sigmas:
+            self._sigmas = sigmas
+            self._levels = [] if sigmas is None else torch.as_tensor(sigmas).flatten().tolist()
+        return float(self._levels[index]) if index < len(self._levels) else None
 
     def _counted(self, timestep: Any) -> tuple[int, None, None]:
         """Distinct timestep values so far; a turn of their direction or the first value again begins a new run."""
-        value, seen = _number(timestep), self._seen
+        value, seen = self._number(timestep), self._seen
         if not seen or value != seen[-1]:
             turned = len(seen) > 1 and (value - seen[-1]) * (seen[1] - seen[0]) < 0
             self._seen = [value] if turned or value in seen else [*seen, value]
@@ -98,7 +110,8 @@ class StepTracker:
     def _total(self) -> int | None:
         return len(self._values) or None
 
-
-def _number(timestep: Any) -> float:
-    """The noisiest of a batch or of a token-wise timestep. One host sync where it is a tensor on a GPU."""
-    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    def _number(self, timestep: Any) -> float:
+        """The noisiest of a batch or of a token-wise timestep."""
+        if not isinstance(timestep, torch.Tensor):
+            return float(timestep)
+        return self._read.read(timestep, lambda: float(timestep.max()))

@@ -4,7 +4,9 @@ The first call of a shape may fill caches. A later one, of another run with tens
 the device apart: no value read, no copy to the device (which waits for pageable memory and which a CUDA graph refuses).
 """
 
+import contextlib
 import warnings
+from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -12,9 +14,27 @@ import torch
 from paro_plans import plan_file
 from simulated_cuda import simulated
 
-from dit_accel import AdaSpa, Clear, Paro, Pisa, Pyramid, Quant, Radial, RandomBlocks, Rectified, Step, VMoBA, attend
+from dit_accel import (
+    AdaSpa,
+    Clear,
+    Guard,
+    Paro,
+    Pisa,
+    Pyramid,
+    Quant,
+    Radial,
+    RandomBlocks,
+    Rectified,
+    Step,
+    VMoBA,
+    attend,
+    plan,
+)
+from dit_accel.diffusers.stats import Stats
+from dit_accel.diffusers.tracker import StepTracker
+from dit_accel.diffusers.watch import Ran, Watch
 from dit_accel.layout import Layout
-from dit_accel.methods import GNA
+from dit_accel.methods import GNA, REGISTRY, Method
 from dit_accel.state import State
 
 emulator.speed_up()
@@ -73,8 +93,8 @@ def tensors(layout, seed, count=3):
     return [torch.randn(1, layout.tokens, 2, 16, generator=g).transpose(1, 2) for _ in range(count)]
 
 
-def told(events):
-    return "\n".join(f"{times} x {' '.join(what)}" for what, times in events.items())
+def events_of(log):
+    return "\n".join(f"{times} x {' '.join(what)}" for what, times in log.events.items())
 
 
 # Variants of a method run the shape that asks most of them; the cells of a pooled Clear take no small grid with text.
@@ -100,11 +120,17 @@ def test_a_later_call_waits_for_nothing(name, shape, made):
             out = attend(*qkv, method, step=again, **how)
             if name == "adaspa":  # once more, with the maps that it kept
                 attend(*qkv, method, step=again, **how)
-    assert not log.events, told(log.events)
+    assert not log.events, events_of(log)
     assert out.device.type == "cuda"
     assert log.launches or name == "dense", "Triton's tier did not run"
     error = (out.held - expected).norm() / expected.norm()
     assert error < NEAR[quant], error
+
+
+def test_every_method_is_here():
+    names = {"paro", *(method.name for method in METHODS.values() if isinstance(method, Method))}
+    # One watches dense attention for a calibration; one is another way to say dense, which quantised "dense" runs.
+    assert names == REGISTRY.keys() - {"observe", "all-blocks"}
 
 
 def test_heads_of_4_and_8_bits_wait_for_nothing():
@@ -116,10 +142,45 @@ def test_heads_of_4_and_8_bits_wait_for_nothing():
         attend(*qkv, METHODS["random"], state=state, **how)
         with log.recording():
             out = attend(*qkv, METHODS["random"], state=state, **how)
-    assert not log.events, told(log.events)
+    assert not log.events, events_of(log)
     assert log.launches
     error = (out.held - expected).norm() / expected.norm()
     assert error < NEAR["sage2"], error
+
+
+def test_a_forward_reads_its_step_once_per_tensor_and_a_schedule_once_per_run():
+    with simulated() as log:
+        timesteps = torch.tensor([9.0, 5.0], device="cuda")
+        scheduler = SimpleNamespace(timesteps=timesteps, sigmas=timesteps / 10, step_index=0)
+        told, counted = StepTracker(lambda: scheduler), StepTracker()
+        for index in range(2):
+            scheduler.step_index = index
+            timestep = timesteps[index].expand(2)
+            with log.recording():
+                steps = [tracker.poll(timestep) for tracker in (told, told, counted, counted)]
+            assert [(step.index, step.total) for step in steps] == [(index, 2)] * 2 + [(index, None)] * 2
+            assert steps[0].sigma == pytest.approx((0.9, 0.5)[index])
+    assert all(kind == "sync" for kind, *_ in log.events), events_of(log)
+    assert sum(log.events.values()) == 2 + 2, events_of(log)
+
+
+@pytest.mark.parametrize("name", ["gna", "pisa", "rectified", "pyramid"])
+def test_the_guard_looks_without_waiting_and_reads_once(name):
+    layout, guard = Layout((3, 3, 5), text=TEXT), Guard(drift=True, budget=100.0, rate=1.0, rows=4)
+    with simulated() as log:
+        q, k, v = (x.to("cuda") for x in tensors(layout, 0))
+        valid = torch.tensor([layout.tokens - 2], dtype=torch.int32).to("cuda")
+        made = plan(q, k, v, METHODS[name], layout=layout, kv_valid=valid, step=Step(5, 10))
+        watch = Watch(guard, Stats([("blocks.0", "self")]), lambda message: None)
+        for again in range(2):
+            ran = Ran(q, k, v, v.clone(), made, None, valid, None)
+            with log.recording() if again else contextlib.nullcontext():
+                assert watch.look(0, Step(5, 10), ran)
+        assert not log.events, events_of(log)
+        with log.recording():
+            assert watch.read() == {0: "fault"}
+    assert [kind for kind, *_ in log.events] == ["sync"], events_of(log)
+    assert sum(log.events.values()) == 1, events_of(log)
 
 
 PLANTED = {
