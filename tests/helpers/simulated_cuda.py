@@ -35,8 +35,6 @@ BY_HAND = {
     "__float__": "sync", "__index__": "sync", "__array__": "sync", "__invert__": None, "__getitem__": None,
     "__setitem__": None, "data_ptr": None, "contiguous": None, "copy_": None, "__repr__": None,
 }  # fmt: skip
-MOVES = {"to", "cpu", "cuda"}
-FROM_HOST = {"tensor", "as_tensor", "asarray", "from_numpy"}
 
 
 class Simulated(torch.Tensor):
@@ -69,13 +67,8 @@ class Log(TorchFunctionMode):
         self.launches = 0
         self._on = False
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        self._on = True
-        try:
-            yield
-        finally:
-            self._on = False
+    def recording(self) -> contextlib.AbstractContextManager:
+        return mock.patch.object(self, "_on", True)
 
     def note(self, kind: str | None, name: str) -> None:
         if self._on and kind:
@@ -91,11 +84,11 @@ class Log(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs, first = func.__name__, kwargs or {}, args[0] if args else None
-        if name in MOVES and isinstance(first, Tensor):
+        if name in ("to", "cpu", "cuda") and isinstance(first, Tensor):
             return self._moved(func, *args, **kwargs)
         if name in BY_HAND and isinstance(first, Simulated):
             return self._by_hand(func, *args, **kwargs)
-        if name in FROM_HOST and _is_device(kwargs.get("device")):
+        if name in ("tensor", "as_tensor", "asarray") and _names(kwargs):
             self.note(None if isinstance(first, Simulated) else "copy", name)
             return _wrapped(func(*_held(args), **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
@@ -132,9 +125,8 @@ class _Operations(TorchDispatchMode):
     """What names the device without a tensor on it: factories, also those inside other operations."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        known = _is_device(kwargs.get("device")) or any(isinstance(x, Simulated) for x in tree_leaves((args, kwargs)))
-        return _operation(func, args, kwargs) if known else func(*args, **kwargs)
+        known = _names(kwargs or {}) or any(isinstance(x, Simulated) for x in tree_leaves((args, kwargs)))
+        return _operation(func, args, kwargs or {}) if known else func(*args, **kwargs or {})
 
 
 LOG = Log()
@@ -158,8 +150,7 @@ def simulated() -> Iterator[Log]:
         get_device_capability=lambda device=None: (9, 0), get_device_name=lambda device=None: chip.name,
         get_device_properties=lambda device=None: chip,
     )  # fmt: skip
-    LOG.events.clear()
-    LOG.launches = 0
+    LOG.__init__()
     with played, mock.patch.object(GridExecutor, "__call__", launched), LOG, _Operations():
         yield LOG
 
@@ -189,17 +180,15 @@ def _operation(func: Any, args: tuple, kwargs: dict) -> Any:
 def _held(x: Any) -> Any:
     if type(x).__name__ == "TensorDescriptor":
         return type(x)(_held(x.base), x.shape, x.strides, x.block_shape)
-    if type(x) in (tuple, list, dict):
-        return tree_map(_held, x)
-    return x.held if isinstance(x, Simulated) else x
+    return tree_map(_held, x) if type(x) in (tuple, list, dict) else x.held if isinstance(x, Simulated) else x
 
 
 def _wrapped(x: Any) -> Any:
     return tree_map(lambda one: Simulated(one) if type(one) is Tensor else one, x)
 
 
-def _is_device(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+def _names(kwargs: dict) -> bool:
+    return torch.device(kwargs.get("device") or "cpu").type == "cuda"
 
 
 def _on_host(x: Any) -> bool:
