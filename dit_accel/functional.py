@@ -27,6 +27,8 @@ from .step import Step
 
 # What quantised attention without a method runs: every pair.
 WHOLE = AllBlocks(block_size=128)
+# The tiers that a gradient passes.
+BACKWARD = ("gather", "reference")
 
 
 def attend(
@@ -56,6 +58,7 @@ def attend(
     ``state`` lets a method keep what it found between calls and caches static plans; without it a stateful method
     searches afresh. ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``.
     ``quant``: a :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
+    Where an input wants a gradient, ``"auto"`` takes a tier that has a backward: gather, or the reference.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
     Raises ``UsageError`` for tensors that do not fit one another or the layout and for ``method`` beside ``plan``,
@@ -79,6 +82,7 @@ def attend(
         plan = make_plan(q, k, v, method, call)
         if plan is None:
             return _dense(q, k, v, kv_valid, scale, backend, return_lse)
+    backend = with_backward(backend, plan, quant, q, k, v)
     scale = plan.softmax_scale(q.shape[-1], scale)
     tiles, tier, _ = served(plan, q, backend=backend, return_lse=return_lse, quant=quant)
     how = {"scale": scale, "kv_valid": kv_valid, "backend": tier, "return_lse": return_lse}
@@ -178,6 +182,34 @@ def tier_of(
         raise UnsupportedError(str(error)) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def with_backward(backend: str, plan: Plan, quant: Quant | None, *inputs: Tensor) -> str:
+    """The backend for a call, where one of ``inputs`` wants a gradient one that has a backward.
+
+    Raises ``UnsupportedError`` where what was asked for has none: its output would be cut from the graph in silence.
+    """
+    if not wants_gradient(*inputs):
+        return backend
+    if quant is not None:
+        raise UnsupportedError(
+            "quantised attention has no backward; train with quant=None, or run under torch.no_grad()"
+        )
+    if backend == "auto":
+        # The reference alone serves a matrix for each representative, and auto knows.
+        each = plan.first_order is not None and plan.first_order.ndim == 5
+        return "reference" if each else "gather"
+    if backend not in BACKWARD:
+        raise UnsupportedError(
+            f"backend {backend!r} has no backward and an input requires a gradient; use backend='auto' or "
+            f"{' or '.join(map(repr, BACKWARD))}, or run under torch.no_grad()"
+        )
+    return backend
+
+
+def wants_gradient(*inputs: Tensor) -> bool:
+    """Whether a gradient of one of ``inputs`` will be asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _dense(q, k, v, kv_valid, scale, backend, return_lse):

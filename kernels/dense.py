@@ -88,7 +88,7 @@ def refusal(backend: Backend, q: Tensor, v: Tensor) -> str | None:
     """Why ``backend`` does not serve a call, or None."""
     if backend.name == "torch":
         return None
-    if q.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (q.requires_grad or v.requires_grad):
         return "a gradient is asked for"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {q.dtype}; it takes float16 and bfloat16"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..functional import WHOLE, attend, make_plan, served
+from ..functional import BACKWARD, WHOLE, attend, make_plan, served, wants_gradient, with_backward
 from ..layout import Layout
 from ..methods import Call
 from ..precision import adapted
@@ -255,14 +255,12 @@ class Engine:
             plan = make_plan(q, k, v, method, told)
         if plan is None:
             return self._dense(layer, call, "method")
-        backend = self.processor.backend
-        if backend == "auto" and torch.is_grad_enabled() and q.requires_grad:
-            backend = "gather"  # the one fast tier with a backward
         quant = resolve_quant(self.processor.quant, q.device)
         if quant is not None:
             quant = adapted(quant, layer, forward.step, slice(0, q.shape[1]))
             if quant is None and self.processor.method is None:
                 return self._dense(layer, call, "schedule")
+        backend = with_backward(self.processor.backend, plan, quant, q, k, v)
         _, tier, why = served(plan, q, backend=backend, quant=quant)
         out = attend(
             q, k, v, plan=plan, layout=layout, kv_valid=valid, scale=call.scale, backend=backend, quant=quant
@@ -324,9 +322,10 @@ class Engine:
         if layout is None:
             expected = " or ".join(f"{layout.tokens} tokens ({layout})" for layout in forward.layouts)
             raise _Unsupported("layout", f"family {name!r} expected {expected}; the call has {tokens}")
-        if self.processor.quant is not None and torch.is_grad_enabled() and call.query.requires_grad:
+        trains = wants_gradient(call.query, call.key, call.value)
+        if self.processor.quant is not None and trains:
             raise _Unsupported("training", "quantised attention has no backward; train without quant")
-        if self.processor.backend in ("flex", "triton") and torch.is_grad_enabled() and call.query.requires_grad:
+        if trains and self.processor.backend not in ("auto", *BACKWARD):
             raise _Unsupported("training", f"backend {self.processor.backend!r} has no backward; 'gather' has one")
         return layout
 

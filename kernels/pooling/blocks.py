@@ -78,7 +78,8 @@ def block_spreads(
     if serves(x) and live is None and (order is None or order.ndim == 1) and bool((bounds.diff() > 0).all()):
         (tokens,), (starts,) = _segments(bounds, None, order)
         return *segment_spreads(x, tokens, starts), count
-    means, spreads = x.new_empty((2, *x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype)
+    # Two tensors, not two views of one, which no gradient could pass.
+    means, spreads = (x.new_empty((*x.shape[:2], len(bounds) - 1, x.shape[-1]), dtype=dtype) for _ in range(2))
     for part in _parts(x.shape, bounds, live, order, x.device):
         tokens, where = part.load(x, dtype), (slice(None), part.heads, part.blocks)
         means[where] = part.mean(tokens, count)

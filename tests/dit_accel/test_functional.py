@@ -5,7 +5,21 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dit_accel
-from dit_accel import AllBlocks, Layout, Radial, RandomBlocks, State, UnsupportedError, UsageError, attend, functional
+from dit_accel import (
+    GNA,
+    AllBlocks,
+    Layout,
+    Pisa,
+    Pyramid,
+    Radial,
+    RandomBlocks,
+    Rectified,
+    State,
+    UnsupportedError,
+    UsageError,
+    attend,
+    functional,
+)
 
 LAYOUT = Layout((5, 6, 7), text=9)
 
@@ -133,3 +147,38 @@ def test_the_tier_of_a_plan_that_is_kept_is_chosen_once_for_equal_calls(monkeypa
     attend(*(x.double() for x in (q, k, v)), method, layout=LAYOUT, state=state, backend="gather")
     attend(q, k, v, method, layout=LAYOUT, state=state, backend="reference")
     assert asked[1:] == [(torch.float64, "gather"), (torch.float32, "reference")]
+
+
+GRADIENT_METHODS = {
+    "whole blocks": RandomBlocks(block_size=32),
+    "partial blocks": GNA(window=(3, 3, 3)),
+    "representatives": Pyramid(block_q=32, block_k=32),
+    "deviations": Rectified(block_size=16, density=0.3),
+    "a matrix for each": Pisa(block_size=16, density=0.3, order="first"),
+}
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (2,)])
+@pytest.mark.parametrize("name", GRADIENT_METHODS)
+def test_auto_takes_a_tier_with_a_backward(name, wanted):
+    found = []
+    for backend in ("auto", "reference"):
+        inputs = [x.requires_grad_(i in wanted) for i, x in enumerate(tensors(dtype=torch.float32))]
+        valid = torch.tensor([LAYOUT.tokens, LAYOUT.tokens - 7], dtype=torch.int32)
+        out = attend(*inputs, GRADIENT_METHODS[name], layout=LAYOUT, backend=backend, kv_valid=valid)
+        out.square().sum().backward()
+        found.append([inputs[i].grad for i in wanted])
+    for mine, expected in zip(*found, strict=True):
+        assert mine.abs().max() > 0
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash", "triton"])
+def test_a_tier_without_a_backward_says_so(backend):
+    q, k, v = tensors(dtype=torch.float32)
+    method = RandomBlocks(block_size=32)
+    with pytest.raises(UnsupportedError, match=rf"backend '{backend}' has no backward .*backend='auto' or 'gather'"):
+        attend(q, k.requires_grad_(), v, method, layout=LAYOUT, backend=backend)
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            assert not attend(q, k, v, method, layout=LAYOUT, backend="flash").requires_grad
