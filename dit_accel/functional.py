@@ -189,12 +189,8 @@ def with_backward(backend: str, plan: Plan, quant: Quant | None, *inputs: Tensor
 
     Raises ``UnsupportedError`` where what was asked for has none: its output would be cut from the graph in silence.
     """
-    if not wants_gradient(*inputs):
+    if quant is not None or not wants_gradient(*inputs):  # quantised products are forward only, as attend says
         return backend
-    if quant is not None:
-        raise UnsupportedError(
-            "quantised attention has no backward; train with quant=None, or run under torch.no_grad()"
-        )
     if backend == "auto":
         # The reference alone serves a matrix for each representative, and auto knows.
         each = plan.first_order is not None and plan.first_order.ndim == 5
