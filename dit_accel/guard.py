@@ -114,12 +114,13 @@ def tolerance(dtype: torch.dtype, quant: Recipe | None = None) -> float:
 def fault_of(out: Tensor, rows: Rows) -> Tensor:
     """Scalar: the worst row's error as a share of its size. ``out`` (B, H, R, Dv): what the kernel gave.
 
-    Inf where the kernel's row is not finite though the reference's is; rows that the reference cannot tell count 0.
+    Inf where one of the two rows is finite and the other is not; 0 where neither is.
     """
     error = (out.to(rows.planned.dtype) - rows.planned).square().sum(-1).sqrt()
     share = torch.where(error == 0, 0.0, error / rows.size)
     share = torch.where(share.isfinite(), share, torch.inf)
-    return torch.where(rows.planned.isfinite().all(-1), share, 0.0).amax()
+    neither = ~(rows.planned.isfinite().all(-1) | out.isfinite().all(-1))
+    return torch.where(neither, 0.0, share).amax()
 
 
 def drift_of(out: Tensor, rows: Rows) -> Tensor:

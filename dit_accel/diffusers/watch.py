@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..guard import DRIFT, FAULT, NONFINITE, Flags, Guard, drift_of, fault_of, tolerance
+from ..kernels.live import without_dead
 from ..plans import Plan
 from ..quant import Quant
 from ..rows import Rows, sample, spread_slots, take
@@ -22,6 +23,7 @@ _WHAT = {
     DRIFT: "attention {value:.2f} off the exact one, over its budget of {limit:.2f},",
 }
 
+_HIDDEN = "non-finite attention input that the output does not show"
 _TOLD = {FAULT: "attention output that is not its plan's", DRIFT: "drift over its budget", None: "a rank's fault"}
 
 
@@ -45,9 +47,18 @@ class Ran:
         rows = sample(self.q, self.k, self.v, self.plan, slots, scale=self.scale, kv_valid=self.valid)
         return take(self.out, rows.tokens), rows
 
+    def live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v with nothing harmful in dead tokens."""
+        q = without_dead(self.q, self.q, self.valid)[0] if self.q.shape[2] == self.k.shape[2] else self.q
+        return q, *without_dead(self.k, self.v, self.valid)
+
     def finite(self) -> bool:
-        """Whether the inputs hold no NaN and no Inf. A host sync."""
-        return all(bool(torch.isfinite(x).all()) for x in (self.q, self.k, self.v))
+        """Whether the live inputs hold no NaN and no Inf. A host sync."""
+        return all(bool(torch.isfinite(x).all()) for x in self.live())
+
+    def summed(self) -> Tensor:
+        """Scalar: not finite where a live input is not. No host sync."""
+        return sum(x.sum(dtype=torch.float32) for x in self.live())
 
 
 class Watch:
@@ -76,9 +87,14 @@ class Watch:
         if guard.nonfinite:
             self._flags.check(layer, ran.out)
             flagged = True
-        if not guard.samples or (layer in self._met and not guard.due(step, layer)):
+        if not guard.active or (layer in self._met and not guard.due(step, layer)):
             return flagged
         self._met.add(layer)
+        if guard.nonfinite:
+            # A plan made of inputs that are not finite may leave out the very keys that would show it.
+            self._flags.put(NONFINITE, layer, ~torch.isfinite(ran.summed()))
+        if not guard.samples:
+            return flagged
         for kind, value, limit in self._measured(layer, step, ran):
             if limit is not None:
                 self._flags.put(kind, layer, value > limit)
@@ -109,21 +125,32 @@ class Watch:
         return raised
 
     def blame(
-        self, layer: int, step: Step, kind: str | None, value: float | None = None, limit: float | None = None
-    ) -> None:
-        """Name a layer that failed a check and keep it dense until the run ends. ``kind`` None: another rank's find."""
+        self, layer: int, step: Step, kind: str | None, value: float | None = None, limit: float | None = None,
+        what: str | None = None,
+    ) -> None:  # fmt: skip
+        """Name a layer that failed a check and keep it dense until the run ends. ``kind`` None: another rank's find.
+
+        ``what``: other words for it than the usual ones.
+        """
         self.faulty.add(layer)
         name = self._stats.layers[layer].name
         event = {"layer": layer, "name": name, "step": step.index, "kind": kind}
         self._stats.guard_events.append(event | ({} if value is None else {"value": value, "limit": limit}))
-        what = _WHAT[kind].format(value=value, limit=limit) if value is not None or kind == NONFINITE else _TOLD[kind]
+        what = (
+            what or _WHAT[kind].format(value=value, limit=limit)
+            if value is not None or kind == NONFINITE
+            else _TOLD[kind]
+        )
         self._warn(f"guard: {what} at layer {layer} ({name}), step {step.index}; the layer runs dense until the run "
                    "ends")  # fmt: skip
 
-    def _found(self, layer: int, step: Step, ran: Ran) -> tuple[str, float | None, float | None] | None:
-        """The first check that fails: its kind, value and limit."""
-        if self.guard.nonfinite and not bool(torch.isfinite(ran.out).all()) and ran.finite():
-            return NONFINITE, None, None
+    def _found(self, layer: int, step: Step, ran: Ran) -> tuple | None:
+        """The first check that fails, as the last arguments of :meth:`blame`."""
+        if self.guard.nonfinite:
+            sound = bool(torch.isfinite(ran.out).all())
+            # From inputs that are not finite the dense output is no better; what hides them is.
+            if sound != ran.finite():
+                return (NONFINITE, None, None, _HIDDEN) if sound else (NONFINITE, None, None)
         if self.guard.samples:
             for kind, value, limit in self._measured(layer, step, ran):
                 if limit is not None and float(value) > limit:

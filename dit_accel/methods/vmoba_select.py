@@ -24,11 +24,15 @@ def topk(gate: Tensor, own: Tensor, valid: Tensor | None, scope: str, k: int) ->
     valid: bool (B, S, C), False for dead queries and chunks, which take no part, or None. ``scope`` is ``query_head``,
     ``head_global`` (k S best of a head) or ``overall`` (k H S best of a sample).
     """
-    score = _hidden(gate, valid).masked_fill(_live(own, valid), torch.inf)
+    own = _live(own, valid)
+    score = _hidden(gate, valid).masked_fill(own, torch.inf)
     if scope == "query_head":
-        return select.largest(score, k) & (score > -torch.inf)
-    rows = _rows(score, scope)
-    return _back(largest(rows, k * (rows == torch.inf).sum(-1)), gate, scope)
+        chosen = select.largest(score, k) & (score > -torch.inf)
+    else:
+        rows = _rows(score, scope)
+        chosen = _back(largest(rows, k * (rows == torch.inf).sum(-1)), gate, scope)
+    # Where similarities are no numbers the own chunk may not be among the largest; it is read, and the fault shows.
+    return chosen | own
 
 
 def threshold(gate: Tensor, own: Tensor, valid: Tensor | None, scope: str, tau: float) -> Tensor:

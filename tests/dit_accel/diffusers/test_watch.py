@@ -7,7 +7,17 @@ import pytest
 import torch
 from quantised import COMPUTE, LATE, make, tensors
 
-from dit_accel import AllBlocksProcessor, Guard, Layout, RadialProcessor, RandomBlocksProcessor, Schedule, attend
+from dit_accel import (
+    AllBlocksProcessor,
+    GNAProcessor,
+    Guard,
+    Layout,
+    RadialProcessor,
+    RandomBlocksProcessor,
+    Schedule,
+    VMoBAProcessor,
+    attend,
+)
 from dit_accel import plan as plan_of
 from dit_accel.diffusers import describe, engines
 from dit_accel.diffusers import engine as engine_module
@@ -175,3 +185,19 @@ def test_inputs_that_are_not_finite_blame_no_layer():
         fine = ran(Radial(block_size=16), Layout((3, 4, 5)))
     bad = Ran(fine.q, fine.k * torch.nan, fine.v, fine.out * torch.nan, fine.plan, None, None, None)
     assert watch().passes(0, LATE, bad)
+
+
+@pytest.mark.parametrize("processor", [GNAProcessor(window=(2, 2, 3), base_size=-1, schedule=Schedule.none()),
+                                       VMoBAProcessor(schedule=Schedule.none())], ids=["gna", "vmoba"])  # fmt: skip
+def test_a_weight_that_is_not_finite_is_told_whatever_tier_runs(processor):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.transformer.blocks[0].attn1.norm_q.weight[0] = torch.nan
+    pipe.set_attn_processor(processor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frames = video(pipe)
+    (engine,) = engines(pipe)
+    assert np.isnan(frames).all()
+    assert engine.stats.repeats
+    assert any("were not finite" in text or "non-finite" in text for text in engine.stats.warnings)
