@@ -94,7 +94,7 @@ class Rectified(Method):
             raise UnsupportedError(f"Rectified needs keys in the queries' layout; got {call.layout}, {call.kv_layout}")
         what = "rectified", self.block_size, self.curve, self.neighbors, self.first_frame_blocks
         regions = call.state.plan((what, call.layout, call.device), lambda: _Regions.of(self, call.layout, call.device))
-        if self._least(regions.count) == regions.count:
+        if regions.whole or self._least(regions.count) == regions.count:
             everything = torch.ones((1, 1, *(regions.blocks.count,) * 2), dtype=torch.bool, device=call.device)
             return regions.plan(call.layout, everything)
         pooled = _Pooled.of(q, k, regions, call)
@@ -161,13 +161,14 @@ class _Regions:
     """The blocks of one layout: those of the main segment along the curve, then those of all other tokens.
 
     ``main``: int64 on the CPU, bounds of the main blocks. ``order``: int64 (N,) slot -> token, or None. ``always``:
-    bool (main blocks, main blocks), pairs that are always kept, or None.
+    bool (main blocks, main blocks), pairs that are always kept, or None. ``whole``: no pair can be left out.
     """
 
     blocks: Blocks
     main: Tensor
     order: Tensor | None
     always: Tensor | None
+    whole: bool
 
     @classmethod
     def of(cls, method: Rectified, layout: Layout, device: torch.device) -> _Regions:
@@ -177,8 +178,10 @@ class _Regions:
         main = torch.cat([torch.arange(0, tokens, size), torch.tensor([tokens])])
         order = curve_order(layout, method.curve)
         always = _always(method, layout, order, len(main) - 1)
+        # The most important block is always kept, so that one block alone is.
+        whole = blocks.count == 1 or (always is not None and bool(always.all()))
         order, always = (None if x is None else x.to(device) for x in (order, always))
-        return cls(blocks, main, order, always)
+        return cls(blocks, main, order, always, whole)
 
     @property
     def count(self) -> int:
