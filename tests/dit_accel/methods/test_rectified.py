@@ -491,21 +491,3 @@ def test_keys_of_another_layout_are_refused():
     q, k, v = tensors(VIDEO)
     with pytest.raises(UnsupportedError, match="queries' layout"):
         attend(q, k, v, METHOD, layout=VIDEO, kv_layout=Layout((1, 3, 35)))
-
-
-@pytest.mark.parametrize(
-    ("layout", "method"),
-    [
-        (Layout(grid=(1, 5, 6)), Rectified()),
-        (Layout(grid=(1, 5, 6)), Rectified(neighbors=False, first_frame_blocks=False)),
-        (Layout(grid=(2, 5, 6), text=9), Rectified()),
-        (Layout(grid=(2, 7, 6), text=9), Rectified(block_size=64)),
-    ],
-)
-def test_a_layout_of_which_nothing_can_be_left_out_is_dense_and_has_an_lse(layout, method):
-    generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(2, 2, layout.tokens, 16, generator=generator) for _ in range(3))
-    valid = torch.tensor([layout.tokens - 4, layout.tokens], dtype=torch.int32)
-    found = attend(q, k, v, method, layout=layout, kv_valid=valid, return_lse=True)
-    for mine, dense in zip(found, attend(q, k, v, layout=layout, kv_valid=valid, return_lse=True), strict=True):
-        torch.testing.assert_close(mine, dense)
