@@ -67,7 +67,7 @@ def test_registers_and_spills(arch, dim, name, record_property):
     assert row["matrix"] == MATRIX[arch]
     assert row["shared_kib"] <= offline.SHARED_LIMIT[arch]
     # Nothing has been tuned for Blackwell, whose accumulators pass through registers on their way to tensor memory.
-    assert row["stack"] <= (640 if arch == 100 else 256)
+    assert row["stack"] <= (560 if arch == 100 else 256)
     if name == "full":
         assert row["loop_spills"] == 0
 
