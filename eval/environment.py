@@ -24,6 +24,9 @@ _REQUIRED = (
 )  # fmt: skip
 # MPS, XPU and ROCm have what the gather tier needs, plain torch operations. Nobody here has measured them.
 _GATHER = "no kernel of ours; the gather tier, or flex where its self-check passes; not tested by this project"
+#: Read by glibc as a process starts: bytes from which a buffer is mapped on its own, and given back when it is freed.
+#: Given, it no longer adapts, so that the memory of a process is what it holds.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CXX")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import threading
@@ -28,7 +29,7 @@ from ..lowering import lower
 from ..methods import Call, find
 from ..state import State
 from ..step import Step
-from .environment import environment
+from .environment import ALLOCATOR, environment
 from .method_spec import PARAMETERS
 
 #: Methods that look at q and k, as measured by default; Pyramid and PISA with and without their token order.
@@ -121,12 +122,14 @@ def _resident() -> int:
 
 def run(cases: list[str], size: Size, density: float) -> dict[str, Any]:
     """:func:`measure` of every case, each in a new process."""
+    os.environ.update(ALLOCATOR)
     context = multiprocessing.get_context("spawn")
     rows = []
     for case in cases:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, (case, size, density)))
-    return {"size": asdict(size), "density": density, "rows": rows, "environment": environment()}
+    document = {"size": asdict(size), "density": density, "allocator": ALLOCATOR, "rows": rows}
+    return document | {"environment": environment()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.streaming.job import StreamJob, plan_stream, run_stream
-from .environment import versions
+from .environment import ALLOCATOR, versions
 from .stream_policies import POLICIES, fixed_prompts
 
 #: Seconds of video after which nothing may grow, and by how much it may all the same.
 WARM, TOLERANCE = 5.0, 0.02
-#: Read by glibc as a process starts: bytes from which a buffer is mapped on its own. Given, it no longer adapts.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
 def measure(job: StreamJob) -> dict[str, Any]:
