@@ -26,8 +26,6 @@ COLUMNS = 64
 # Programs per multiprocessor of the kernel that samples; each has a scratch of its own.
 PROGRAMS = 2
 LARGEST_DIM = 256
-# Sums of weights under an LSE that is far off stay finite.
-LARGEST = 1e30
 
 
 def serves(x: Tensor, *sizes: int) -> bool:
@@ -148,7 +146,7 @@ def _mass(
         key = (first + slot // PADDED) * SIZE + slot % PADDED
         alive = (slot % PADDED < SIZE) & (key < valid)
         score = _scores(query, query_tail, keys_at, key, k_strides[2], alive, scale, D, WIDTHS, EMULATED)
-        # An LSE of another step may be far off: of weights as large as LARGEST sums stay finite.
+        # An LSE of another step may be far off; of weights up to 1e30 sums stay finite.
         weight = tl.where(live[:, None] & alive[None, :], tl.exp2(tl.minimum(score - offset[:, None], 99.66)), 0.0)
         sums = tl.sum(tl.reshape(weight, (ROWS, STEP // PADDED, PADDED)), 2)
         sums = tl.sum(tl.reshape(sums, (blocks, PADDED, STEP // PADDED)), 1)
