@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..live import without_dead
 from ..tileplan import TilePlan
 from . import flash, flex, gather, reference
+from .order import in_plan_order, in_token_order
 
 BACKENDS = ("auto", "reference", "gather", "flex", "triton", "flash")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,29 +43,13 @@ def block_sparse_attention(
 
         return tier_triton.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid, return_lse=return_lse)
     k, v = without_dead(k, v, kv_valid)
-    run = {"reference": reference, "gather": gather, "flex": flex, "flash": flash}[tier].attention
-    turn = flash.heads_at_once(q, k, v, plan, kv_valid is not None) if tier == "flash" else q.shape[1]
-    out, lse = _by_heads(run, turn, q, k, v, plan, scale, kv_valid)
+    if tier == "flash":
+        out, lse = flash.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid)
+    else:
+        run = {"reference": reference, "gather": gather, "flex": flex}[tier].attention
+        query, keys, values, alive = in_plan_order(q, k, v, plan, kv_valid)
+        out, lse = in_token_order(*run(query, keys, values, plan, scale=scale, alive=alive), plan)
     return out, lse if return_lse else None
-
-
-def _by_heads(
-    run: Callable[..., tuple[Tensor, Tensor | None]], turn: int, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan,
-    scale: float, kv_valid: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``run`` on ``turn`` query heads at a time, so that copies in plan order exist for those alone."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if turn >= heads:
-        q, k, v, alive = in_plan_order(q, k, v, plan, kv_valid)
-        return in_token_order(*run(q, k, v, plan, scale=scale, alive=alive), plan)
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for first in range(0, heads, turn):
-        own = slice(first, min(first + turn, heads))
-        keys = slice(first * kv_heads // heads, own.stop * kv_heads // heads)
-        some = q[:, own], k[:, keys], v[:, keys], plan.of_heads(own, heads)
-        out[:, own], lse[:, own] = _by_heads(run, turn, *some, scale, kv_valid)
-    return out, lse
 
 
 def choose(q: Tensor, plan: TilePlan, *, backend: str = "auto", return_lse: bool = False) -> tuple[str, str]:
@@ -167,67 +150,3 @@ def check_lse(plan: TilePlan) -> None:
             "an LSE was asked of a plan with a first-order term or row factors; its output is no softmax, so parts "
             "cannot be merged by LSE. Ask for the output alone"
         )
-
-
-def in_plan_order(
-    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, kv_valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k and v in plan order, and which slots hold a live key, bool (B, 1 or H, n_k), or None where all do.
-
-    Holes hold any token and count as live: the plan hides them itself. Key heads are repeated up to the query heads
-    where each query head has its own order.
-    """
-    alive = None if kv_valid is None else _alive(plan, kv_valid)
-    if plan.order is not None:
-        q = take(q, plan.order)
-    if plan.kv_order is not None:
-        k, v = (_per_head(x, plan.kv_order, q.shape[1]) for x in (k, v))
-        k, v = take(k, plan.kv_order), take(v, plan.kv_order)
-    return q, k, v, alive
-
-
-def in_token_order(out: Tensor, lse: Tensor | None, plan: TilePlan) -> tuple[Tensor, Tensor | None]:
-    """out (B, H, n_q, Dv) and lse (B, H, n_q) in the caller's token order, without holes."""
-    if plan.order is None:
-        return out, lse
-    lse = None if lse is None else put(lse[..., None], plan.order, plan.queries)[..., 0]
-    return put(out, plan.order, plan.queries), lse
-
-
-def take(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, H, N, D) with its tokens in plan order; holes hold any token. ``order``: int64 (n,) or (H, n).
-
-    One flat index_select.
-    """
-    order = order.clamp_min(0)
-    if order.ndim == 1:
-        return x.index_select(2, order)
-    b, h, n, d = x.shape
-    flat = (order + torch.arange(h, device=order.device)[:, None] * n).flatten()
-    return x.reshape(b, h * n, d).index_select(1, flat).reshape(b, h, -1, d)
-
-
-def put(x: Tensor, order: Tensor, tokens: int | None = None) -> Tensor:
-    """The inverse of :func:`take`: (B, H, tokens, D). None where the order has no holes."""
-    b, h, n, d = x.shape
-    tokens = n if tokens is None else tokens
-    # Holes go to a row of their own behind the last token: to find them a GPU would have to be waited for.
-    rows = tokens + (tokens < n)
-    order = order if rows == tokens else order.masked_fill(order < 0, tokens)
-    if order.ndim == 1:
-        return x.new_empty((b, h, rows, d)).index_copy_(2, order, x)[:, :, :tokens]
-    flat = (order + torch.arange(h, device=order.device)[:, None] * rows).flatten()
-    placed = x.new_empty((b, h * rows, d)).index_copy_(1, flat, x.reshape(b, h * n, d))
-    return placed.view(b, h, rows, d)[:, :, :tokens]
-
-
-def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:
-    """Key heads repeated up to the query heads where each query head has its own order."""
-    return x.repeat_interleave(heads // x.shape[1], 1) if order.ndim == 2 and x.shape[1] != heads else x
-
-
-def _alive(plan: TilePlan, kv_valid: Tensor) -> Tensor:
-    """bool (B, 1 or H, n_k): which slots hold a live key."""
-    tokens = torch.arange(plan.n_k, device=plan.device) if plan.kv_order is None else plan.kv_order
-    tokens = tokens if tokens.ndim == 2 else tokens[None]
-    return tokens[None] < kv_valid.to(plan.device)[:, None, None]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..tileplan import TilePlan
-from . import flash_rows
+from . import flash_rows, flash_strips
+from .order import in_plan_order, in_token_order
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,48 +31,44 @@ def refuses(q: Tensor, plan: TilePlan) -> str | None:
     return None
 
 
-def heads_at_once(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> int:
-    """Query heads to give to :func:`attention` at once. ``dead``: whether some keys are."""
-    return q.shape[1] if _as_runs(k, v, plan, dead) else flash_rows.heads_at_once(k, v, plan, q.shape[1])
-
-
-def _as_runs(k: Tensor, v: Tensor, plan: TilePlan, dead: bool) -> bool:
-    """Whether one list of whole tiles serves all samples and heads, and nothing else is to be told."""
-    shared = plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain
-    return shared and not dead and k.shape[-1] == v.shape[-1]
-
-
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, alive: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float, kv_valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.attention``, for plans that :func:`refuses` lets pass."""
+    """out (B, H, Nq, Dv) and natural-log LSE (B, H, Nq) for plans that :func:`refuses` lets pass.
+
+    q (B, H, Nq, D), k (B, Hk, Nk, D) and v (B, Hk, Nk, Dv) in the caller's token order. ``kv_valid``: int32 (B,), keys
+    from that token on are dead, or None.
+    """
+    # One list of whole tiles for all samples and heads, and nothing else to be told.
+    shared = plan.full.count.shape[:2] == (1, 1) and plan.partial is None and plan.plain and kv_valid is None
+    if not shared or k.shape[-1] != v.shape[-1]:
+        return flash_rows.attention(q, k, v, plan, scale=scale, kv_valid=kv_valid)
     # The kernel takes a head dim without gaps for granted and reads other memory where there are some.
     q = q if q.stride(-1) == 1 else q.contiguous()
-    if not _as_runs(k, v, plan, alive is not None):
-        return flash_rows.attention(q, k, v, plan, scale=scale, alive=alive)
+    q, k, v, _ = in_plan_order(q, k, v, plan, None)
+    return in_token_order(*_by_runs(q, k, v, plan, scale), plan)
+
+
+def _by_runs(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """As :func:`attention` for one list of whole tiles, all in plan order."""
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)
-    (batch, heads), dim, width = q.shape[:2], k.shape[3], 2 * k.shape[3]
-    source = flash_rows.beside(k, v, plan, dim).view(-1, plan.tile_k * width)
+    (batch, heads), dim = q.shape[:2], k.shape[3]
+    keys, values = (x.view(-1, plan.tile_k * dim) for x in flash_strips.sources(k, v, plan, dim))
     owner = torch.arange(batch * k.shape[1]).view(batch, -1, 1).repeat_interleave(heads // k.shape[1], 1) * plan.tiles_k
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    buffer = source.new_empty(0)
-    for start, stop, tiles, keys in plan._memo["runs"]:
-        if not keys:
+    for start, stop, tiles, visible in plan._memo["runs"]:
+        if not visible:
             out[:, :, start:stop], lse[:, :, start:stop] = 0, -torch.inf
             continue
-        some = max(1, flash_rows.STRIPS // (batch * keys * width))
+        some = max(1, flash_strips.STRIPS // (2 * batch * visible * dim))
         for first in range(0, heads, some):
             part = slice(None), slice(first, first + some), slice(start, stop)
-            strip, buffer = flash_rows.gathered(source, owner[:, part[1]] + tiles, buffer)
-            seen = strip.view(batch, -1, len(tiles) * plan.tile_k, width)[:, :, :keys]
-            out[part], lse[part] = _flash(q[part], seen, dim, scale)
+            strips = flash_strips.gathered(keys, values, (owner[:, part[1]] + tiles).flatten())
+            seen = (x.view(batch, -1, len(tiles) * plan.tile_k, dim)[:, :, :visible] for x in strips)
+            out[part], lse[part] = flash_strips.kernel(q[part], *seen, scale)
     return out, lse
-
-
-def _flash(q: Tensor, seen: Tensor, dim: int, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, seen[..., :dim], seen[..., dim:], scale=scale)
 
 
 def _runs(plan: TilePlan) -> list[Run]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_sparse.api import check, check_lse, in_plan_order, in_token_order
+from ..block_sparse.api import check, check_lse
+from ..block_sparse.order import in_plan_order, in_token_order
 from ..tileplan import TilePlan
 from . import capability, reference
 from .operands import prepare

@@ -8,7 +8,7 @@ import torch
 
 from dit_accel.kernels import BlockList, Predicate, TilePlan, block_sparse
 from dit_accel.kernels.block_sparse import block_sparse_attention
-from dit_accel.kernels.block_sparse.api import put, take
+from dit_accel.kernels.block_sparse.order import put, take
 
 Q = torch.randn(2, 4, 32, 16, generator=torch.Generator().manual_seed(0))
 PLAN = TilePlan(16, 16, 32, 32, BlockList.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool)))

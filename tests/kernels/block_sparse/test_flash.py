@@ -1,12 +1,15 @@
 """The flash tier against a masked softmax in float64, and proof that the dense kernel saw visible pairs only."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.kernels import BlockList, Box, Predicate, TilePlan
-from dit_accel.kernels.block_sparse import api, block_sparse_attention, choose, flash, flash_rows, flex
+from dit_accel.kernels import BlockList, Box, Group, Predicate, TilePlan
+from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flash_rows, flash_strips, flex
+from dit_accel.kernels.block_sparse import order as order_module
 
 
 def tensors(n_q, n_k, heads=4, kv_heads=4, dim=24, dtype=torch.float64, batch=2):
@@ -65,9 +68,9 @@ def test_error_is_at_most_twice_plain_torch(dtype):
 def test_the_dense_kernel_runs_once_per_run_on_visible_pairs_only(monkeypatch):
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     plan = TilePlan(16, 16, 60, 60, BlockList.from_mask(mask[None, None]))
-    calls, kernel = [], flash._flash
+    calls, kernel = [], flash_strips.kernel
     monkeypatch.setattr(
-        flash, "_flash", lambda q, seen, *rest: calls.append((q.shape[2], seen.shape[2])) or kernel(q, seen, *rest)
+        flash_strips, "kernel", lambda q, k, *rest: calls.append((q.shape[2], k.shape[2])) or kernel(q, k, *rest)
     )
     q, k, v = tensors(60, 60)
     block_sparse_attention(q, k, v, plan, scale=0.2, backend="auto")
@@ -96,11 +99,11 @@ def test_copies_in_plan_order_exist_for_heads_in_turn(per_head, monkeypatch):
     k, v, valid = k[:, :2], v[:, :2], torch.tensor([60, 41], dtype=torch.int32)
     call = {"scale": 0.2, "kv_valid": valid, "backend": "flash", "return_lse": True}
     once = block_sparse_attention(q, k, v, plan, **call)
-    copied, real = [], api.take
-    monkeypatch.setattr(api, "take", lambda x, *rest: copied.append(x.shape[1]) or real(x, *rest))
+    copied, real = [], order_module.take
+    monkeypatch.setattr(order_module, "take", lambda x, *rest: copied.append(x.shape[1]) or real(x, *rest))
     monkeypatch.setattr(flash_rows, "SOURCE", 1)
     torch.testing.assert_close(block_sparse_attention(q, k, v, plan, **call), once)
-    assert copied == ([2, 2, 2] if per_head else [2, 1, 1]) * 2
+    assert copied == ([2, 2] if per_head else [1, 1]) * 2
 
 
 def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
@@ -117,7 +120,7 @@ def test_what_it_does_not_serve_goes_elsewhere_with_the_reason():
 @pytest.mark.parametrize("strips", [1, 5000, 1 << 22], ids=["a row a call", "some", "all in one"])
 @pytest.mark.parametrize("tables", [(1, 4), (2, 4), (2, 1)], ids=["head", "sample and head", "sample"])
 def test_lists_by_sample_and_head_ragged_gqa_dead_keys(tables, strips, source, monkeypatch):
-    monkeypatch.setattr(flash_rows, "STRIPS", strips)
+    monkeypatch.setattr(flash_strips, "STRIPS", strips)
     monkeypatch.setattr(flash_rows, "SOURCE", source)
     generator = torch.Generator().manual_seed(4)
     mask = torch.rand(*tables, 5, 4, generator=generator) < 0.5
@@ -154,13 +157,15 @@ def test_rows_of_one_length_take_whole_tiles_and_no_bias(ragged, monkeypatch):
         for tile in range(4):
             mask[0, h, tile, : 1 + tile] = True
     plan = TilePlan(16, 16, n, n, BlockList.from_mask(mask))
-    copied, biased, stock, bias = [], [], flash_rows.gathered, flash_rows._Strips._bias
-    monkeypatch.setattr(flash_rows, "gathered", lambda s, *rest: copied.append(s.shape[-1]) or stock(s, *rest))
-    monkeypatch.setattr(flash_rows._Strips, "_bias", lambda *a: biased.append(1) or bias(*a))
+    copied, biased, stock, bias = [], [], flash_strips.gathered, flash_strips.Strips._bias
+    monkeypatch.setattr(
+        flash_strips, "gathered", lambda *x: copied.append((x[0].shape[-1], x[1].shape[-1])) or stock(*x)
+    )
+    monkeypatch.setattr(flash_strips.Strips, "_bias", lambda *a: biased.append(1) or bias(*a))
     q, k, v = tensors(n, n)
     out, _ = block_sparse_attention(q, k, v, plan, scale=0.2, backend="flash")
     torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, n, n), 0.2)[0])
-    assert set(copied) == {16 * (k.shape[-1] + v.shape[-1])}
+    assert set(copied) == {(16 * k.shape[-1], 16 * v.shape[-1])}
     assert bool(biased) == ragged
 
 
@@ -171,3 +176,68 @@ def test_whole_tiles_come_here_before_they_are_compiled(heads, kept, monkeypatch
     q = torch.zeros(1, 4, 64, 16)
     lists = BlockList.from_mask(torch.ones(1, heads, 4, 4, dtype=torch.bool))
     assert choose(q, TilePlan(16, 16, 64, 64, lists, kept=kept))[0] == "flash"
+
+
+def everything(per_head, holes, seed):
+    """A plan with an order, representatives, a first-order term and row factors, of 4 query and 2 key heads."""
+    generator = torch.Generator().manual_seed(seed)
+    slots, tokens, tile = 64, 61 if holes else 64, 16
+    order = torch.rand((4, slots) if per_head else (slots,), generator=generator).argsort(-1)
+    order = order.masked_fill(order >= tokens, -1)
+    heads = 4 if per_head else 2
+    full = torch.rand(2, 4, 4, 4, generator=generator) < 0.5
+    partial = None
+    if holes:
+        # A tile with a hole is tested.
+        partial = full & (order < 0).view(-1, 4, tile).any(-1)[None, :, None]
+        if not per_head:
+            full, partial = full & ~partial, partial
+        full &= ~partial
+    rows = {"generator": generator, "dtype": torch.float64}
+    group = Group(
+        key=torch.randn(2, heads, 6, 24, **rows), value=torch.randn(2, heads, 6, 24, **rows),
+        count=torch.randint(0, 9, (2, 1, 6), generator=generator, dtype=torch.int32),
+        seen=BlockList.from_mask(torch.rand(2, 4, 4, 3, generator=generator) < 0.5), bounds=torch.arange(7), width=2,
+    )  # fmt: skip
+    return TilePlan(
+        tile, tile, slots, slots, BlockList.from_mask(full),
+        partial=None if partial is None else BlockList.from_mask(partial),
+        predicate=Predicate(dead=order < 0) if holes else None, order=order, kv_order=order,
+        tokens_q=tokens if holes else None, tokens_k=tokens if holes else None, reps=(group,),
+        first_order=torch.randn(2, heads, 24, 24, **rows), row_scale=torch.rand(2, 4, 4, **rows),
+        row_add=torch.randn(2, 4, 4, 24, **rows),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens_first", [True, False], ids=["tokens before heads", "heads before tokens"])
+@pytest.mark.parametrize("source", [1, 1 << 26], ids=["heads in turn", "heads at once"])
+@pytest.mark.parametrize(("per_head", "holes"), [(False, False), (False, True), (True, False)])
+def test_rows_are_read_and_written_where_the_tokens_lie(per_head, holes, source, tokens_first, monkeypatch):
+    monkeypatch.setattr(flash_rows, "SOURCE", source)
+    plan = everything(per_head, holes, 5)
+    q, k, v = tensors(plan.queries, plan.keys, kv_heads=2)
+    q = q if tokens_first else q.contiguous()
+    valid = torch.tensor([plan.keys, 40], dtype=torch.int32)
+    call = {"scale": 0.3, "kv_valid": valid}
+    out, _ = block_sparse_attention(q, k, v, plan, backend="flash", **call)
+    expected, _ = block_sparse_attention(q, k, v, plan, backend="reference", **call)
+    torch.testing.assert_close(out, expected)
+    assert out.transpose(1, 2).is_contiguous() == tokens_first
+
+
+def test_strips_are_kept_up_to_a_size_by_thread_and_outlive_inference_mode(monkeypatch):
+    monkeypatch.setattr(flash_strips, "_kept", flash_strips._Kept())
+    monkeypatch.setattr(flash_strips, "STRIPS", 2 * 1000)
+    x = torch.zeros(3, 100)
+
+    def addresses(rows):
+        return [strip.data_ptr() for strip in flash_strips.gathered(x, x, torch.zeros(rows, dtype=torch.int64))]
+
+    with torch.inference_mode():
+        first = addresses(10)
+    assert addresses(4) == first
+    assert first[0] != first[1]
+    addresses(11)
+    assert sorted(strip.numel() for strip in flash_strips._kept.memory.values()) == [1000, 1000]
+    with ThreadPoolExecutor(1) as pool:
+        assert not set(pool.submit(addresses, 10).result()) & set(first)
