@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,9 +79,8 @@ def _lower(plan: Plan, tile_q: int, tile_k: int) -> TilePlan:
     if predicate is not None and q_axis.slot is not None:
         predicate = predicate.of_queries(q_axis.slot.clamp_min(0))
     if dead is not None:
-        ragged = pad(dead, (0, -k_axis.slots % tile_k)).view(-1, tile_k).any(-1)
-        part = full & ragged if part is None else part | (full & ragged)
-        full = full & ~ragged
+        part = full & k_axis.holed if part is None else part | (full & k_axis.holed)
+        full = full & ~k_axis.holed
         predicate = Predicate(dead=dead)
     partial = None if part is None else BlockList.from_mask(part)
     return TilePlan(full=BlockList.from_mask(full), partial=partial, predicate=predicate, gate=gate, **common)
@@ -124,6 +123,7 @@ class _Axis:
     slot: Tensor | None
     trivial: bool
     run: int = 0
+    _memo: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, blocks: Blocks, tile: int, most: float, device: torch.device) -> _Axis:
@@ -161,13 +161,23 @@ class _Axis:
         """bool (slots,): the holes, or None without any."""
         return None if self.slot is None or not bool((self.slot < 0).any()) else self.slot < 0
 
+    @functools.cached_property
+    def holed(self) -> Tensor | None:
+        """bool (tiles,): which hold a hole, or None without any."""
+        return None if self.dead is None else self.dead.view(len(self.first), -1).any(-1)
+
     def place(self, order: Tensor | None) -> Tensor | None:
-        """``order`` with holes."""
+        """``order`` with holes. The last one is kept: all plans of a layout share theirs."""
         if self.slot is None:
             return order
         if order is None:
             return self.slot
-        return order[..., self.slot.clamp_min(0)].masked_fill(self.slot < 0, -1)
+        given, placed = self._memo.get("order", (None, None))
+        if given is not order:
+            with torch.inference_mode(False):
+                placed = order[..., self.slot.clamp_min(0)].masked_fill(self.slot < 0, -1)
+            self._memo["order"] = order, placed
+        return placed
 
     def count(self, mask: Tensor, dim: int) -> Tensor:
         """int32: over the blocks that each tile overlaps, how many are set along ``dim``."""

@@ -94,6 +94,22 @@ def test_lowering_is_cached_per_tile():
     assert lower(made, (32, 32)) is lower(made, (32, 32))
 
 
+def test_plans_of_one_partition_share_what_their_order_becomes():
+    layout, blocks = Layout((1, 5, 6)), Blocks(torch.tensor([0, 16, 23, 30]))
+    seen, generator = BlockList.from_mask(torch.eye(3, dtype=torch.bool)[None, None]), torch.Generator().manual_seed(0)
+
+    def placed(order):
+        return lower(Plan(layout, blocks, blocks, seen, order=order), (16, 16)).order
+
+    first, other = (torch.randperm(30, generator=generator) for _ in range(2))
+    with torch.inference_mode():
+        kept = placed(first)
+    assert placed(first) is kept
+    assert not kept.is_inference()
+    for order in (other, first):
+        assert torch.equal(placed(order)[placed(order) >= 0], order)
+
+
 def test_token_mask_refuses_what_does_not_fit():
     layout = Layout((32, 45, 80))
     blocks = Blocks.uniform(layout.tokens, 128)
