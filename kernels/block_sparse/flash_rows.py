@@ -80,8 +80,9 @@ def _corrected(found: Tensor, query: Tensor, plan: TilePlan, dim: int, scale: fl
     wide = torch.promote_types(found.dtype, torch.float32)
     out = found[..., :dim].to(wide)
     if plan.first_order is not None:
-        matrix = tiles.of_heads(plan.first_order).to(wide)[:, None]
-        out = out + scale * found[..., dim : dim + 1] * (query.to(wide) @ matrix)
+        # A query's share weighs the query instead of its row of the product.
+        weighted = query.to(wide) * (scale * found[..., dim : dim + 1].to(wide))
+        out = torch.baddbmm(out[:, 0], weighted[:, 0], tiles.of_heads(plan.first_order).to(wide))[:, None]
     if plan.row_scale is not None:
         factor, shift = (tiles.of(x).to(wide)[:, None, None] for x in (plan.row_scale[..., None], plan.row_add))
         out = out.mul_(factor).add_(shift)
