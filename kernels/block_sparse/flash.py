@@ -54,7 +54,8 @@ def _by_runs(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float) -> t
     if "runs" not in plan._memo:
         plan._memo["runs"] = _runs(plan)
     (batch, heads), dim = q.shape[:2], k.shape[3]
-    keys, values = (x.view(-1, plan.tile_k * dim) for x in flash_strips.sources(k, v, plan, dim))
+    rooms = [plan.tiles_k * plan.tile_k]
+    keys, values = (x.view(-1, plan.tile_k * dim) for x in flash_strips.sources(k, v, plan, dim, rooms))
     owner = torch.arange(batch * k.shape[1]).view(batch, -1, 1).repeat_interleave(heads // k.shape[1], 1) * plan.tiles_k
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))

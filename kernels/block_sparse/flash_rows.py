@@ -52,9 +52,10 @@ def _attend(
     # The kernel wants one head dim for all. With a first-order term a further column of the values holds a 1 for every
     # representative, so that the same column of the output holds their share of the mass.
     width = max(k.shape[-1], dim + (plan.first_order is not None))
-    keys, values = flash_strips.sources(k, v, plan, width)
-    strips = Strips(plan, b, h, keys.shape[1], alive)
-    keys, values = (x.view(-1, strips.run * width) for x in (keys, values))
+    source_heads = max(x.shape[1] for x in (k, *(group.key for group in plan.reps)))
+    strips = Strips(plan, b, h, source_heads, alive)
+    sources = flash_strips.sources(k, v, plan, width, strips.rooms)
+    keys, values = (x.view(-1, strips.run * width) for x in sources)
     for picked in strips.chunks(2 * width):
         runs, bias = strips.of(picked)
         tiles = strips.tiles[picked]
@@ -64,11 +65,11 @@ def _attend(
             seen = (x.view(len(runs), 1, -1, width) for x in flash_strips.gathered(keys, values, runs.flatten()))
             wide = pad(query, (0, width - query.shape[-1])) if query.shape[-1] < width else query
             found, log = flash_strips.kernel(wide, *seen, scale, None if bias is None else bias.to(queries.lse.dtype))
+            if bias is not None:
+                empty = bias.amax(-1, keepdim=True) == -torch.inf
+                found, log = found.masked_fill(empty, 0), log.masked_fill(empty[..., 0], -torch.inf)
         else:
             found, log = query.new_zeros((*query.shape[:3], width)), queries.lse.new_full(query.shape[:3], -torch.inf)
-        if bias is not None:
-            empty = (bias == -torch.inf).all(-1, keepdim=True)
-            found, log = found.masked_fill(empty, 0), log.masked_fill(empty[..., 0], -torch.inf)
         if not plan.plain:
             found = _corrected(found, query, plan, dim, scale, tiles)
         queries.write(places, found[..., :dim], log)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..blocklist import BlockList
+from ..representatives import Group
 from ..tileplan import TilePlan
 
 # Elements of one call's strips: a few MiB, which stay in the caches of two cores and more.
@@ -26,12 +28,11 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
 
 
-def sources(k: Tensor, v: Tensor, plan: TilePlan, width: int) -> tuple[Tensor, Tensor]:
-    """(B, Hs, S, width), keys and values: exact ones up to whole tiles, then every group's representatives.
+def sources(k: Tensor, v: Tensor, plan: TilePlan, width: int, rooms: list[int]) -> tuple[Tensor, Tensor]:
+    """(B, Hs, S, width), keys and values: exact ones, then every group's representatives, each in its room.
 
     Zero where there is none. With a first-order term, column Dv of the values is 1 for representatives.
     """
-    rooms = [plan.tiles_k * plan.tile_k, *(group.size for group in plan.reps)]
     keys = _one_after_another([k, *(group.key for group in plan.reps)], rooms, width)
     values = _one_after_another([v, *(group.value for group in plan.reps)], rooms, width)
     if plan.first_order is not None:
@@ -44,13 +45,12 @@ def _one_after_another(parts: list[Tensor], rooms: list[int], width: int) -> Ten
     if len(parts) == 1 and parts[0].shape[2:] == (rooms[0], width):
         return parts[0].contiguous()
     heads = max(x.shape[1] for x in parts)
-    whole = all(x.shape[2:] == (room, width) for x, room in zip(parts, rooms, strict=True))
-    shape = parts[0].shape[0], heads, sum(rooms), width
-    out = parts[0].new_empty(shape) if whole else parts[0].new_zeros(shape)
-    at = 0
-    for x, room in zip(parts, rooms, strict=True):
-        out[:, :, at : at + x.shape[2], : x.shape[3]].unflatten(1, (x.shape[1], -1))[:] = x[:, :, None]
-        at += room
+    out = parts[0].new_empty((parts[0].shape[0], heads, sum(rooms), width))
+    for x, place in zip(parts, out.split(rooms, 2), strict=True):
+        n, dim = x.shape[2:]
+        place[:, :, :n, :dim].unflatten(1, (x.shape[1], -1))[:] = x[:, :, None]
+        place[:, :, :n, dim:] = 0
+        place[:, :, n:] = 0
     return out
 
 
@@ -116,25 +116,30 @@ class Tiles:
 
 
 class Strips:
-    """What every row sees, as runs of positions in the source and a bias. ``run``: how many positions a run has."""
+    """What every row sees, as runs of positions in the sources and a bias.
+
+    ``rooms``: positions for the exact keys and for each group. ``run``: how many positions a run has.
+    """
 
     def __init__(self, plan: TilePlan, b: int, h: int, source_heads: int, alive: Tensor | None) -> None:
         self.plan = plan
-        shape = (b, h, plan.tiles_q)
-        lists = [(_merged(plan), plan.tile_k, 0, None)]
-        at = plan.tiles_k * plan.tile_k
-        for group in plan.reps:
-            lists.append((group.seen, group.width, at, group.bias().expand(b, h, -1).flatten(0, 1)))
-            at += group.size
-        self.lists = [_Listed.of(entry, shape, *rest) for entry, *rest in lists]
-        self.run = math.gcd(*(one.width for one in self.lists), *(one.offset for one in self.lists), at)
-        self.dead = None if plan.partial is None else plan.predicate.dead
-        self.alive = None if alive is None else alive.expand(b, h, -1).flatten(0, 1)
-        self.same = not plan.reps and self.dead is None and self.alive is None
         rows = torch.arange(b * h * plan.tiles_q)
         self.tiles = Tiles(rows // (h * plan.tiles_q), rows // plan.tiles_q % h, rows % plan.tiles_q, h)
         self.table = rows // plan.tiles_q
-        self.base = (self.tiles.sample * source_heads + self.tiles.head * source_heads // h) * (at // self.run)
+        self.rooms = [plan.tiles_k * plan.tile_k]
+        self.lists = [_Listed.of(_merged(plan), (b, h, plan.tiles_q), plan.tile_k, 0)]
+        for group in plan.reps:
+            made = _representatives(group, (b, h, plan.tiles_q), plan.tile_k, sum(self.rooms))
+            self.lists.append(made)
+            self.rooms.append(group.size if made.seen is None else made.width)
+        self.run = math.gcd(*(one.width for one in self.lists), *(one.offset for one in self.lists), sum(self.rooms))
+        self.base = (self.tiles.sample * source_heads + self.tiles.head * source_heads // h) * (
+            sum(self.rooms) // self.run
+        )
+        self.dead = None if plan.partial is None else plan.predicate.dead
+        self.alive = None if alive is None else alive.expand(b, h, -1).flatten(0, 1)
+        # Whether exact keys are all the same to a row: lists of one length then need no bias.
+        self.same = self.dead is None and self.alive is None
 
     def chunks(self, width: int) -> Iterator[Tensor]:
         """Rows to run in one call: similar lengths together, as many as the budget holds; where keys are all the same
@@ -145,32 +150,32 @@ class Strips:
         start = 0
         while start < len(lengths):
             stop = min(start + max(1, STRIPS // max(1, lengths[start] * width)), len(lengths))
-            if self.same:
+            if self.same and not self.plan.reps:
                 stop = next((i for i in range(start, stop) if lengths[i] != lengths[start]), stop)
             yield order[start:stop]
             start = stop
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Runs int64 (rows, L / run), and the bias float32 (rows, 1, 1, L), or None where all of it would be 0."""
-        found = [one.entries(rows) for one in self.lists]
-        runs = []
-        for one, (index, _) in zip(self.lists, found, strict=True):
+        runs, biases = [], []
+        for one in self.lists:
+            index, listed = one.entries(rows)
             span = one.width // self.run
             inside = torch.arange(span) + one.offset // self.run
             runs.append((index[..., None] * span + inside).flatten(1) + self.base[rows, None])
-        runs = runs[0] if len(runs) == 1 else torch.cat(runs, 1)
-        if self.same and bool(found[0][1].all()) and not self._ragged(found[0][0]):
-            return runs, None
-        biases = [self._bias(rows, one, *entries) for one, entries in zip(self.lists, found, strict=True)]
-        return runs, torch.cat(biases, 1)[:, None, None]
+            biases.append(self._bias(rows, one, index, listed))
+        if len(runs) == 1:
+            return runs[0], None if biases[0] is None else biases[0][:, None, None]
+        # Only the exact keys' bias may be None.
+        exact = torch.zeros((1, 1)).expand(len(rows), runs[0].shape[1] * self.run) if biases[0] is None else biases[0]
+        return torch.cat(runs, 1), torch.cat([exact, *biases[1:]], 1)[:, None, None]
 
-    def _ragged(self, index: Tensor) -> bool:
-        """Whether a row lists a tile that is not full of slots."""
-        plan = self.plan
-        return plan.n_k % plan.tile_k != 0 and bool((index == plan.tiles_k - 1).any())
-
-    def _bias(self, rows: Tensor, one: _Listed, index: Tensor, listed: Tensor) -> Tensor:
-        """float32 (rows, L): what the keys of one list add to their logits."""
+    def _bias(self, rows: Tensor, one: _Listed, index: Tensor, listed: Tensor) -> Tensor | None:
+        """float32 (rows, L): what the keys of one list add to their logits; None where that is 0."""
+        if one.seen is not None:
+            return one.bias[self.table[rows]].masked_fill(~one.seen[rows], -torch.inf)
+        if one.bias is None and self.same and bool(listed.all()) and not self._ragged(index):
+            return None
         slot = (index[..., None] * one.width + torch.arange(one.width)).flatten(1)
         listed = listed.repeat_interleave(one.width, 1)
         if one.bias is not None:
@@ -183,15 +188,32 @@ class Strips:
             listed = listed & self.alive[self.table[rows][:, None], slot]
         return torch.zeros(listed.shape).masked_fill(~listed, -torch.inf)
 
+    def _ragged(self, index: Tensor) -> bool:
+        """Whether a row lists a tile that is not full of slots."""
+        plan = self.plan
+        return plan.n_k % plan.tile_k != 0 and bool((index == plan.tiles_k - 1).any())
 
+
+@dataclass(frozen=True, eq=False)
 class _Listed:
-    """One block list, row by row. ``bias``: float32 (B x H, R) of representatives, or None for exact keys."""
+    """One block list, row by row: ``count`` int64 (rows,) blocks of ``width`` positions from ``offset`` on, which ones
+    int (rows, W) in ``index``.
 
-    def __init__(self, count: Tensor, index: Tensor, width: int, offset: int, bias: Tensor | None) -> None:
-        self.count, self.index, self.width, self.offset, self.bias = count, index, width, offset, bias
+    ``bias``: float32 (B x H, positions) of representatives, or None for exact keys. ``seen``: bool (rows, positions)
+    where every row lists all of them, seen or not.
+    """
+
+    count: Tensor
+    index: Tensor
+    width: int
+    offset: int
+    bias: Tensor | None = None
+    seen: Tensor | None = None
 
     @classmethod
-    def of(cls, entry: BlockList, shape: tuple[int, int, int], width: int, offset: int, bias: Tensor | None) -> _Listed:
+    def of(
+        cls, entry: BlockList, shape: tuple[int, int, int], width: int, offset: int, bias: Tensor | None = None
+    ) -> _Listed:
         count = entry.count.expand(shape).flatten().long()
         return cls(count, entry.index.expand(*shape, -1).flatten(0, 2), width, offset, bias)
 
@@ -200,3 +222,18 @@ class _Listed:
         count = self.count[rows]
         width = int(count.max())
         return self.index[rows, :width].long(), torch.arange(width) < count[:, None]
+
+
+def _representatives(group: Group, shape: tuple[int, int, int], tile: int, offset: int) -> _Listed:
+    """The representatives of ``group`` from position ``offset`` on, for rows ``shape``, (B, H, query tiles).
+
+    Where rows see most of them all are listed as one block, whole tiles long: copied in one piece, what is not seen
+    costs less than picking what is.
+    """
+    bias = group.bias().expand(*shape[:2], -1).flatten(0, 1)
+    if int(group.seen.count.sum()) * 2 < group.seen.count.numel() * group.blocks:
+        return _Listed.of(group.seen, shape, group.width, offset, bias)
+    more = 0, -group.size % tile
+    seen = pad(group.mask(), more).expand(*shape, -1).flatten(0, 2)
+    once = torch.ones(len(seen), dtype=torch.int64)
+    return _Listed(once, torch.zeros((len(seen), 1), dtype=torch.int64), seen.shape[1], offset, pad(bias, more), seen)

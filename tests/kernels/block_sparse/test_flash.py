@@ -161,12 +161,28 @@ def test_rows_of_one_length_take_whole_tiles_and_no_bias(ragged, monkeypatch):
     monkeypatch.setattr(
         flash_strips, "gathered", lambda *x: copied.append((x[0].shape[-1], x[1].shape[-1])) or stock(*x)
     )
-    monkeypatch.setattr(flash_strips.Strips, "_bias", lambda *a: biased.append(1) or bias(*a))
+    monkeypatch.setattr(flash_strips.Strips, "_bias", lambda *a: biased.append(bias(*a)) or biased[-1])
     q, k, v = tensors(n, n)
     out, _ = block_sparse_attention(q, k, v, plan, scale=0.2, backend="flash")
     torch.testing.assert_close(out, brute(q, k, v, token_mask(mask[0, 0], 16, 16, n, n), 0.2)[0])
     assert set(copied) == {(16 * k.shape[-1], 16 * v.shape[-1])}
-    assert bool(biased) == ragged
+    assert any(x is not None for x in biased) == ragged
+
+
+@pytest.mark.parametrize(("share", "runs"), [(0.9, {16}), (0.2, {2})], ids=["most are seen", "few are seen"])
+def test_representatives_that_most_rows_see_are_copied_in_one_piece(share, runs, monkeypatch):
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = tensors(60, 60)
+    exact = BlockList.from_mask(torch.rand(1, 4, 4, 4, generator=generator) < 0.5)
+    seen = torch.rand(1, 4, 4, 9, generator=generator) < share
+    group = Group(k[:, :, :18], v[:, :, :18], torch.full((1, 1, 18), 3), BlockList.from_mask(seen), torch.arange(19), 2)
+    plan = TilePlan(16, 16, 60, 60, exact, reps=(group,))
+    copied, stock = set(), flash_strips.gathered
+    monkeypatch.setattr(flash_strips, "gathered", lambda *x: copied.add(x[0].shape[-1] // k.shape[-1]) or stock(*x))
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.2, backend="flash", return_lse=True)
+    expected = block_sparse_attention(q, k, v, plan, scale=0.2, backend="reference", return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+    assert copied == runs
 
 
 @pytest.mark.parametrize("kept", [True, False])
