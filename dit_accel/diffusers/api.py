@@ -101,11 +101,29 @@ def _restore(model: nn.Module) -> None:
 
 
 def _scheduler_of(target: Any) -> Callable[[], Any]:
-    """Reads the pipeline's scheduler late: users swap it after the processor is set."""
+    """Reads the pipeline's scheduler late: users swap it after the processor is set.
+
+    Once the pipeline is gone, the last one read: another pipeline made of its components goes on with it.
+    """
     if isinstance(target, nn.Module):
         return lambda: None
-    pipe = weakref.ref(target)
-    return lambda: getattr(pipe(), "scheduler", None)
+    pipe, last = weakref.ref(target), _reference(getattr(target, "scheduler", None))
+
+    def scheduler() -> Any:
+        nonlocal last
+        owner = pipe()
+        if owner is None:
+            return last()
+        current = getattr(owner, "scheduler", None)
+        if last() is not current:
+            last = _reference(current)
+        return current
+
+    return scheduler
+
+
+def _reference(scheduler: Any) -> Callable[[], Any]:
+    return (lambda: None) if scheduler is None else weakref.ref(scheduler)
 
 
 def install() -> None:

@@ -148,7 +148,7 @@ class Engine:
         if before is None or before.step.run != step.run:
             self.state.close_run(step.run - 1)
             self.watch.begin_run()
-            self._note_unknown_total(step)
+        self._note_unknown_total(step)
         self.forward = Forward(layouts, step)
         self.stats.forwards += 1
 
@@ -364,8 +364,8 @@ class Engine:
         if (isinstance(schedule.first, float) and schedule.first) or schedule.last or method.needs_total:
             self.warn(
                 "the number of steps of this run is not known, so the fractions of the schedule and of the method "
-                "count as zero; set the processor on the pipeline instead of on its transformer, or give numbers of "
-                "steps, like Schedule(first=<number of steps>)"
+                "count as zero; set the processor on the pipeline that runs instead of on its transformer, or give "
+                "numbers of steps, like Schedule(first=<number of steps>)"
             )
 
 

@@ -23,7 +23,8 @@ class StepTracker:
     """Polled once per transformer forward.
 
     What a scheduler holds is read once per run. The timestep is read where neither the pipeline's context nor a
-    scheduler that counts tells the step; where it lies on a GPU, such a forward waits for it once per tensor.
+    scheduler that counts tells the step, so too before a scheduler's first step where no one told it where it begins;
+    where it lies on a GPU, such a forward waits for it once per tensor.
 
     ``scheduler``: returns the pipeline's current scheduler or None. ``offset + scale * timestep`` is one of the
     scheduler's timesteps, where ``timestep`` is the transformer's argument.
@@ -86,11 +87,36 @@ class StepTracker:
         if hasattr(scheduler, "step_index"):
             index = scheduler.step_index
             if index is None:
-                index = getattr(scheduler, "begin_index", None) or 0
+                index = getattr(scheduler, "begin_index", None)
+            if index is None:
+                index = self._first(timestep)
+            elif index >= len(self._values):  # at its end: this run goes by another scheduler
+                index = None
         else:
-            value = self._offset + self._scale * self._number(timestep)
+            value = self._scheduled(timestep)
             index = min(range(len(self._values)), key=lambda i: abs(self._values[i] - value))
-        return int(index), self._total(), self._sigma(scheduler, index)
+        return None if index is None else (int(index), self._total(), self._sigma(scheduler, index))
+
+    def _first(self, timestep: Any) -> int | None:
+        """The index of a scheduler that has not stepped: runs may begin midway, or step copies of it only.
+
+        None where its timesteps are not those of this run. A timestep that is none of them is only believed to be the
+        first one, since some models are told another number than the scheduler's.
+        """
+        value = self._scheduled(timestep)
+        eps = 1e-6
+        if isinstance(timestep, torch.Tensor) and timestep.is_floating_point():
+            eps = max(eps, torch.finfo(timestep.dtype).eps)
+        room = eps * max(abs(self._offset), abs(value))
+        near = [i for i, known in enumerate(self._values) if abs(known - value) <= room]
+        counted, _, _ = self._counted(timestep)
+        if near:
+            return 0 if near[0] == 0 else min(near, key=lambda i: abs(self._values[i] - value))
+        return None if counted else 0
+
+    def _scheduled(self, timestep: Any) -> float:
+        """The transformer's timestep as the scheduler counts it."""
+        return self._offset + self._scale * self._number(timestep)
 
     def _sigma(self, scheduler: Any, index: int) -> float | None:
         sigmas = getattr(scheduler, "sigmas", None)

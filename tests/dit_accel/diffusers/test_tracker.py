@@ -1,15 +1,25 @@
 """Where in the run: from the pipeline's context, from its scheduler, from the timestep alone."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
+    WanVideoToVideoPipeline,
+)
+from PIL import Image
 
 from dit_accel import AllBlocksProcessor, Schedule, set_attn_processor
 from dit_accel.diffusers import engines
 from dit_accel.diffusers.tracker import StepTracker
-from tiny_models import tiny_pipeline, tiny_run, tiny_transformer
+from tiny_models import WAN, tiny_pipeline, tiny_run, tiny_transformer
 
 
 def steps_of(tracker, timesteps):
@@ -153,3 +163,83 @@ def test_an_unknown_number_of_steps_is_told():
         model(**call)
     (warning,) = engines(model)[0].stats.warnings
     assert "number of steps of this run is not known" in warning
+
+
+def test_a_run_that_begins_midway_is_found_by_its_timestep():
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 700.0, 500.0, 300.0]), step_index=None, begin_index=None)
+    tracker = StepTracker(lambda: scheduler, scale=1000.0)
+    assert steps_of(tracker, [0.5]) == [2]
+    scheduler.step_index = 3
+    step = tracker.poll(torch.tensor([0.3]))
+    assert (step.index, step.total, step.run) == (3, 4, 0)
+    # Rounded to the model's precision it is still the nearest one.
+    scheduler.timesteps, scheduler.step_index = torch.tensor([1000.0, 997.0, 500.6, 300.0]), None
+    assert steps_of(tracker, [0.997, torch.tensor(0.5006, dtype=torch.bfloat16)]) == [1, 2]
+
+
+def test_a_number_of_another_kind_is_the_first_step_until_the_scheduler_steps():
+    scheduler = SimpleNamespace(timesteps=torch.tensor([1.1, 0.4, -0.2]), step_index=None, begin_index=None)
+    tracker = StepTracker(lambda: scheduler)
+    assert steps_of(tracker, [80.0, 80.0]) == [0, 0]
+    scheduler.step_index = 1
+    step = tracker.poll(torch.tensor([3.0]))
+    assert (step.index, step.total, step.run) == (1, 3, 0)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["never-ran", "at-its-end"])
+def test_a_scheduler_of_another_pipeline_is_not_believed(ended):
+    """Two pipelines share a transformer and the processor was set on the one that does not run."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if ended:
+        scheduler.set_timesteps(2)
+        for timestep in scheduler.timesteps:
+            scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+    tracker = StepTracker(lambda: scheduler)
+    steps = [tracker.poll(torch.tensor([value])) for value in (1000.0, 1000.0, 871.5, 612.25, 254.75)]
+    assert [step.index for step in steps] == [0, 0, 1, 2, 3]
+    assert steps[-1].total is None
+
+
+def test_a_pipeline_made_of_the_components_of_one_that_is_gone():
+    first = tiny_pipeline()
+    first.set_attn_processor(AllBlocksProcessor(backend="gather"))
+    pipe = WanVideoToVideoPipeline(
+        **{name: value for name, value in first.components.items() if name not in ("transformer_2",)}
+    )
+    (engine,) = engines(first)
+    del first
+    gc.collect()
+    seen = log_steps(engine)
+    pipe.set_progress_bar_config(disable=True)
+    video = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(5)]
+    pipe(video=video, prompt="a red ball", height=16, width=16, num_inference_steps=8, strength=0.5, guidance_scale=1.0)
+    assert [(s.index, s.total, s.run) for s in seen] == [(i, 8, 0) for i in range(4, 8)]
+    assert engine.stats.warnings == []
+
+
+@pytest.mark.parametrize("ar_step", [0, 2])
+def test_frames_that_step_copies_of_the_scheduler(ar_step):
+    """SkyReels' diffusion forcing: the pipeline's own scheduler never steps, frames lag behind one another."""
+    wan = tiny_pipeline()
+    pipe = SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=wan.tokenizer, text_encoder=wan.text_encoder, vae=wan.vae,
+        transformer=SkyReelsV2Transformer3DModel(**WAN).eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_attn_processor(AllBlocksProcessor(backend="gather", schedule=Schedule(first=0.25)))
+    (engine,) = engines(pipe)
+    seen = log_steps(engine)
+    lag = {"ar_step": ar_step, "causal_block_size": 1} if ar_step else {}
+    for run in range(2):
+        seen.clear()
+        pipe(
+            prompt="a red ball", height=16, width=16, num_frames=9, num_inference_steps=8, guidance_scale=1.0,
+            output_type="latent", **lag,
+        )  # fmt: skip
+        order = [s.index for s in seen]
+        assert order == sorted(order)
+        assert set(order) == set(range(8))
+        assert {(s.total, s.run) for s in seen} == {(8, run)}
+    assert engine.stats.sparse > 0
+    assert engine.stats.dense.keys() == {"schedule"}
