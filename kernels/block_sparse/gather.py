@@ -42,9 +42,7 @@ def rows(
     for group in plan.reps:
         logits, pooled = represented(q, group, tile, scale)
         scores, values = torch.cat([scores, logits], -1), torch.cat([values, pooled], 2)
-    if not scores.shape[-1]:
-        return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -torch.inf)
-    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+    top = largest(scores).clamp_min(torch.finfo(dtype).min)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     out = (weights @ values) / total.masked_fill(total == 0, 1)
@@ -54,6 +52,11 @@ def rows(
     if plan.row_scale is not None:
         out = out * plan.row_scale[:, :, tile, None, None].to(dtype) + plan.row_add[:, :, tile, None].to(dtype)
     return out, (top + total.log())[..., 0]
+
+
+def largest(scores: Tensor) -> Tensor:
+    """(B, H, R, 1): the largest of scores (B, H, R, C), -inf of none at all."""
+    return scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:3], 1), -torch.inf)
 
 
 def represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tensor, Tensor]:

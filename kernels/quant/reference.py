@@ -72,9 +72,7 @@ def rows(
 
     # The maximum as each tile finds it, since weights are rounded in units of it; faded to the last one afterwards.
     peaks = score.amax(-1)
-    if not peaks.shape[-1] + logits.shape[-1]:
-        return query.new_zeros((*query.shape[:3], x.v.shape[-1])), query.new_full(query.shape[:3], -torch.inf)
-    last = torch.cat([peaks, logits], -1).amax(-1, keepdim=True).clamp_min(LOWEST)
+    last = gather.largest(torch.cat([peaks, logits], -1)).clamp_min(LOWEST)
     top = peaks.cummax(-1).values.clamp_min(LOWEST) if peaks.shape[-1] else peaks
     weight, fade = score.sub_(top[..., None]).exp2_(), torch.exp2(top - last)
     total = (weight.sum(-1) * fade).sum(-1, keepdim=True)

@@ -65,6 +65,16 @@ def test_dtypes(make_case, tier, dtype):
     case.check(*run(case, tier, return_lse=True))
 
 
+@pytest.mark.parametrize("tier", ["reference", "gather", "flash"])
+def test_what_is_added_to_a_row_is_added_where_no_key_is_seen(tier):
+    q, k, v = torch.randn(3, 2, 2, 32, 8, dtype=torch.float64)
+    lists = BlockList.from_mask(torch.tensor([[False, False], [False, True]]).expand(2, 2, 2, 2))
+    scale, add = torch.full((2, 2, 2), 3.0), torch.randn(2, 2, 2, 8)
+    plan = TilePlan(16, 16, 32, 32, lists, row_scale=scale, row_add=add)
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.3, backend=tier)
+    torch.testing.assert_close(out[:, :, :16], add[:, :, :1].double().expand(2, 2, 16, 8))
+
+
 geometry = {
     "n_q": st.integers(2, 70), "n_k": st.integers(2, 70), "seed": st.integers(0, 2**20), "empty": st.booleans(),
 }  # fmt: skip

@@ -168,6 +168,15 @@ def test_equals_the_online_softmax(make_case, name, features):
     assert all(torch.equal(a, b) for a, b in zip(before, (case.q, case.k, case.v), strict=True))
 
 
+def test_what_is_added_to_a_row_is_added_where_no_key_is_seen():
+    q, k, v = torch.randn(3, 1, 2, 32, 8)
+    lists = BlockList.from_mask(torch.tensor([[False, False], [False, True]])[None, None])
+    scale, add = torch.full((1, 2, 2), 3.0), torch.randn(1, 2, 2, 8)
+    plan = TilePlan(16, 16, 32, 32, lists, row_scale=scale, row_add=add)
+    out, _ = quantized_attention(q, k, v, plan, Quant.sage2(), scale=0.3)
+    torch.testing.assert_close(out[:, :, :16], add[:, :, :1].expand(1, 2, 16, 8))
+
+
 def dense(n_q, n_k, tile=64):
     tiles = -(-n_q // tile), -(-n_k // tile)
     return TilePlan(tile, tile, n_q, n_k, BlockList.from_mask(torch.ones(1, 1, *tiles, dtype=torch.bool)))
