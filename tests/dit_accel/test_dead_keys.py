@@ -105,7 +105,11 @@ def test_only_what_can_do_harm_is_copied():
     _, k, v = tensors()
     assert without_dead(k, v, None)[0] is k
     assert without_dead(k, v, VALID)[0] is k
-    assert without_dead(k.masked_fill(DEAD, torch.nan), v, VALID)[0] is not k
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        k, v = k.to(dtype), v.to(dtype)
+        for poison in (torch.nan, torch.inf, -torch.inf):
+            poisoned = k.masked_fill(DEAD, poison)
+            assert without_dead(poisoned, v, VALID)[0] is not poisoned
 
 
 def test_dead_keys_pass_no_gradient():
