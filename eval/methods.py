@@ -236,7 +236,7 @@ def table(document: dict[str, Any]) -> list[dict[str, Any]]:
             tiers = next((row["tiers"] for row in document["speed"] if row["candidate"] == name), None) or {}
             entry["seconds"] = seconds
             entry["tiers"] = tiers
-            if not set(tiers) & {*EMULATED, "quant-reference"}:
+            if not set(tiers) & set(EMULATED):
                 entry["speedup"] = {key: baseline[key] / seconds[key] for key in ("loop", "attention")}
                 entry["planning_share"] = seconds.get("planning", 0.0) / seconds["attention"]
         entries.append(entry)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Tiers that emulate: their timings say nothing about the method.
-EMULATED = ("reference", "interpreter")
+EMULATED = ("reference", "quant-reference", "interpreter")
 
 
 def amdahl(share: float, density: float) -> float:

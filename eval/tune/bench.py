@@ -117,7 +117,7 @@ def trial(rows: Sequence[dict[str, Any]], index: int) -> Trial:
             near += [r["seconds"]["loop"] for r in alike if useful(r)][:1]
         if near:
             break
-    emulated = set(row["tiers"] or {}) & {*EMULATED, "quant-reference"}
+    emulated = set(row["tiers"] or {}) & set(EMULATED)
     speed = None if emulated or not near else float(np.mean(near)) / row["seconds"]["loop"]
     return Trial(row["psnr"], speed)
 

@@ -131,16 +131,17 @@ def test_the_verdict(pair):
     assert len(verdict["fidelity"]["psnr_frames"]) == 9
 
 
-def test_an_emulated_tier_states_no_speed_up(pair):
+@pytest.mark.parametrize("tier", ["reference", "quant-reference"])
+def test_an_emulated_tier_states_no_speed_up(pair, tier):
     result, _ = pair
     attention = result.fast[-1].attention
-    result.fast[-1].attention = {**attention, "tiers": {"reference": 8}}
+    result.fast[-1].attention = {**attention, "tiers": {tier: 8}}
     try:
         verdict = judge(result)
     finally:
         result.fast[-1].attention = attention
     assert verdict["speedup"] is None
-    assert "reference ran, which emulates" in verdict["refused"]
+    assert f"{tier} ran, which emulates" in verdict["refused"]
     assert verdict["fidelity"]["psnr"] > 0
 
 
