@@ -276,8 +276,8 @@ def _density(sizes: Tensor, k: int, layout: Layout) -> float:
 def _chunks(value: Any) -> Chunks:
     try:
         run, rectangle, box = value
-        rectangle, box = (tuple(operator.index(n) for n in sides) for sides in (rectangle, box))
-        run = float(run) if isinstance(run, float) else operator.index(run)
+        rectangle, box = (tuple(_index(n) for n in sides) for sides in (rectangle, box))
+        run = float(run) if isinstance(run, float) else _index(run)
         good = (len(rectangle), len(box)) == (2, 3) and run > 0 and min(*rectangle, *box) >= 1
     except (TypeError, ValueError):
         good = False
@@ -287,6 +287,13 @@ def _chunks(value: Any) -> Chunks:
             f"first may be a fraction; got {value!r}. Example: chunks=(3, (5, 13), (7, 5, 13)), or None for a rule"
         )
     return run, rectangle, box
+
+
+def _index(value: Any) -> int:
+    """A whole number; True is none."""
+    if isinstance(value, bool):
+        raise TypeError("a bool is no number")
+    return operator.index(value)
 
 
 def _counts(value: Any) -> int | float | tuple[int | float, ...]:

@@ -423,3 +423,9 @@ def test_any_grid_is_served(grid, text, layer, granularity, k):
 def test_the_processor_takes_the_methods_parameters():
     processor = VMoBAProcessor(k=(2, 6, 18), granularity="block")
     assert processor.method == VMoBA(k=(2, 6, 18), granularity="block")
+
+
+@pytest.mark.parametrize("chunks", [(True, (3, 4), (2, 3, 4)), (2, (True, 4), (2, 3, 4)), (2, (3, 4), (2, 3, True))])
+def test_true_is_no_size(chunks):
+    with pytest.raises(UsageError, match="got .*True"):
+        VMoBA(chunks=chunks)
