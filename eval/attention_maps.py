@@ -7,7 +7,6 @@ The uniform curve is what attention without any structure would give.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from ..diffusers import reset_attn_processor, set_attn_processor
 from ..layout import Grid
 from ..methods import Call
 from ..methods.observe import Observe
+from ..pipelines.outputs import write_json
 from ..processors import Processor
 from ..schedule import Schedule
+from .command import output_file, positive
 
 
 class Distances:
@@ -118,17 +119,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dit_accel.eval.attention_maps", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("attention.png"))
+    parser.add_argument("-o", "--out", type=output_file, default="attention.png")
     parser.add_argument("--prompts", default="mini-12", help="a bundled prompt list or a text file")
-    parser.add_argument("--limit", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=64, help="query rows sampled per call")
+    parser.add_argument("--limit", type=positive, default=4)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--rows", type=positive, default=64, help="query rows sampled per call")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     from .shapes.suite import prompts
 
     data = collect(prompts(args.prompts)[: args.limit], steps=args.steps, rows=args.rows, seed=args.seed)
-    args.out.with_suffix(".json").write_text(json.dumps(data) + "\n")
+    write_json(args.out.with_suffix(".json"), data, indent=None)
     draw(data, args.out)
     print(f"{args.out} and {args.out.with_suffix('.json')}")
     return 0

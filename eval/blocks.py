@@ -11,13 +11,11 @@ on one call in 32, here on a layer of every forward, each being at the first ste
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,10 @@ from torch import nn
 
 from ..diffusers.api import engines, set_attn_processor
 from ..guard import Guard
+from ..pipelines.outputs import write_json
 from ..processors import Processor
 from ..schedule import Schedule
+from .command import output_file
 from .environment import environment
 from .kernels.subjects import method_of
 from .speed import amdahl, summary
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--density", type=float, default=0.2)
     add("--quant", help="a preset of Quant for the accelerated side")
     add("--blocks", type=int, default=1, help="of each kind")
-    add("-o", "--output", type=Path)
+    add("-o", "--output", type=output_file)
     args = parser.parse_args(given)
     if not torch.cuda.is_available():
         print("eval.blocks needs a CUDA device: these models do not fit a CPU's time", file=sys.stderr)
@@ -244,8 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(name, method, args.density, blocks=args.blocks, quant=args.quant)
             document["rows"].append(row)
             if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                write_json(args.output, document)
     print(markdown(document))
     return 0
 

@@ -7,7 +7,6 @@ and sm100 with the sizes of ``kernels.tuning``, disassembles it and looks into t
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 
 from ..kernels import Band, BlockList, Box, Disc, Gate, Group, Predicate, TilePlan, tuning
+from ..pipelines.outputs import write_json
+from .command import output_file
 
 ARCHITECTURES = (80, 89, 90, 100)
 # CUDA C++ programming guide: KiB of shared memory per block.
@@ -201,7 +202,7 @@ def measured(arch: int, dim: int, name: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("-o", "--output", type=output_file, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--dim", type=int, nargs="+", default=(64, 128))
     parser.add_argument("--variant", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
@@ -220,9 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if chosen.output:
         command = "python -m dit_accel.eval.compiled --dim " + " ".join(map(str, chosen.dim))
-        table = {"schema": 1, "command": command, "triton": triton.__version__, "rows": rows}
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(table, indent=1) + "\n")
+        write_json(chosen.output, {"schema": 1, "command": command, "triton": triton.__version__, "rows": rows})
     return 0
 
 

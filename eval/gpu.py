@@ -8,7 +8,6 @@ ended; ``gpu.json`` in the folder holds what is done, ``gpu-logs`` what each com
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..pipelines.outputs import read_json
 
 DIMS = (64, 128, 72, 96, 256, 16)
 # Where a call goes wrong, allocations side by side would hide it.
@@ -154,8 +154,8 @@ def opened(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """The record at ``path`` to go on with, or a new one. Raises ``UsageError`` where it is another machine's."""
     if not path.exists():
         return {"machine": machine, "done": {}}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["machine"] != machine:
+    found = read_json(path)
+    if found.get("machine") != machine:
         raise UsageError(f"{path} is of another GPU or other versions; name another folder with -o")
     return found
 

@@ -13,6 +13,8 @@ import time
 from copy import deepcopy
 from statistics import median
 
+from .command import positive
+
 
 def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict:
     """Seconds of a run of ``forwards`` under each guard, medians of ``repeats`` after one that warms up, and what each
@@ -83,8 +85,8 @@ def measure(repeats: int = 3, forwards: int = 32, backend: str = "auto") -> dict
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.guard", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--forwards", type=int, default=32, help="of a run (default: 32)")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--forwards", type=positive, default=32, help="of a run (default: 32)")
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args(argv)
     print(json.dumps(measure(args.repeats, args.forwards, args.backend), indent=1))

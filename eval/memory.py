@@ -8,7 +8,6 @@ counts as extra until it is returned, so a call that allocates nothing else show
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -27,8 +26,10 @@ from ..kernels.block_sparse import choose
 from ..layout import Layout
 from ..lowering import lower
 from ..methods import Call, find
+from ..pipelines.outputs import write_json
 from ..state import State
 from ..step import Step
+from .command import output_file, positive, token_grid
 from .environment import ALLOCATOR, environment
 from .method_spec import PARAMETERS
 
@@ -136,23 +137,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.memory", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("cases", nargs="*", help=f"of {', '.join(repr(case) for case in CASES)} (default: all)")
-    add("--grid", default="21x30x52", help="tokens as TxHxW (default: Wan 480p, 81 frames: 32,760 tokens)")
-    add("--heads", type=int, default=24)
-    add("--dim", type=int, default=128)
+    add("--grid", type=token_grid, default="21x30x52", help="tokens (default: Wan 480p, 81 frames: 32,760)")
+    add("--heads", type=positive, default=24)
+    add("--dim", type=positive, default=128)
     add("--density", type=float, default=0.15)
-    add("-o", "--out", type=Path)
+    add("-o", "--out", type=output_file)
     args = parser.parse_args(argv)
     unknown = set(args.cases) - CASES.keys()
     if unknown:
         raise UsageError(f"unknown case {', '.join(sorted(unknown))}; choose of {', '.join(CASES)}")
-    size = Size(tuple(int(n) for n in args.grid.split("x")), args.heads, args.dim)
+    size = Size(args.grid, args.heads, args.dim)
     found = run(args.cases or list(CASES), size, args.density)
     print("| case | density | tier | extra, MiB | over q + k + v + out |\n|---|---|---|---|---|")
     for row in found["rows"]:
         extra = f"{row['extra'] / 2**20:.0f} | {row['ratio']:.2f}"
         print(f"| {row['case']} | {row['density']:.2f} | {row['tier']} | {extra} |")
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, found)
     return 0
 
 

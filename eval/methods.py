@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +31,12 @@ from ..pipelines.generate import Result, generate
 from ..pipelines.job import Job, Shot, resolve
 from ..pipelines.load import load, pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
+from ..pipelines.outputs import read_json, write_json
 from ..pipelines.prompts import Prompt, parse_size
 from ..processors import Processor
 from ..schedule import Schedule
 from .attention import measure
+from .command import output_file, positive
 from .environment import differences, environment
 from .fidelity import fidelity
 from .method_spec import PARAMETERS
@@ -133,7 +133,7 @@ def run(settings: Settings, out: Path | None = None, say: Callable[[str], None] 
     def keep() -> None:
         document["table"] = table(document)
         if out is not None:
-            _save(out, document)
+            write_json(out, document)
 
     if "error" in settings.measurements:
         missing = {one.name: one.processor for one in candidates if one.name not in document["error"]}
@@ -326,7 +326,7 @@ def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
     empty = {"schema": SCHEMA, "settings": described, "candidates": {}, "error": {}, "rows": [], "speed": []}
     if out is None or not out.is_file():
         return empty
-    old = json.loads(out.read_text())
+    old = read_json(out)
     if old.get("settings") != described:
         raise UsageError(f"{out} holds rows made with other settings; give another file or remove it")
     return empty | old
@@ -359,12 +359,6 @@ def _timing_machine(document: dict[str, Any], settings: Settings, out: Path | No
     return here
 
 
-def _save(out: Path, data: dict[str, Any]) -> None:
-    part = out.with_name(out.name + ".partial")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, out)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dit_accel.eval.methods", description=(__doc__ or "").split("\n")[0]
@@ -372,10 +366,10 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("candidates", nargs="*", help="METHOD@DENSITY[+QUANT] (default: every method at 0.5, 0.25 and 0.15)")
     add("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    add("--prompts", type=int, default=4, help="prompts rendered by every candidate (default: 4)")
-    add("--error-prompts", type=int, default=1)
-    add("--error-steps", type=int, default=6, help="steps of a render at which errors are taken (default: 6)")
-    add("--repeats", type=int, default=1, help="timed renders of every candidate (default: 1)")
+    add("--prompts", type=positive, default=4, help="prompts rendered by every candidate (default: 4)")
+    add("--error-prompts", type=positive, default=1)
+    add("--error-steps", type=positive, default=6, help="steps of a render at which errors are taken (default: 6)")
+    add("--repeats", type=positive, default=1, help="timed renders of every candidate (default: 1)")
     add(
         "--fresh-speed",
         action="store_true",
@@ -388,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", help="pipeline folder or hub id (default: the bundled model)")
     add("--device", default="auto")
     add("--plans", type=Path, default=Path("paro-plans"), help="folder of PARO's calibrated plans")
-    add("-o", "--out", type=Path, help="JSON, written as it goes and continued from")
+    add("-o", "--out", type=output_file, help="JSON, written as it goes and continued from")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     args["candidates"] = tuple(args["candidates"]) or tuple(f"{m}@{d:g}" for m in METHODS for d in DENSITIES)

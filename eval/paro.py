@@ -9,7 +9,6 @@ ones from the same noise.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -36,9 +35,11 @@ from ..pipelines.generate import generate
 from ..pipelines.job import Shot
 from ..pipelines.load import load, pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
+from ..pipelines.outputs import write_json
 from ..pipelines.prompts import Prompt
 from ..processors import Processor
 from ..schedule import Schedule
+from .command import output_file, positive
 from .fidelity import fidelity
 from .shapes.suite import bootstrap
 
@@ -238,20 +239,20 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", help="pipeline folder or hub id (default: the bundled model)")
     add("--densities", type=float, nargs="+", default=[0.5, 0.3])
-    add("--calibration", type=int, default=2, metavar="N", help="prompts to calibrate on (default: 2)")
-    add("--prompts", type=int, default=8, metavar="N", help="other prompts to measure on (default: 8)")
+    add("--calibration", type=positive, default=2, metavar="N", help="prompts to calibrate on (default: 2)")
+    add("--prompts", type=positive, default=8, metavar="N", help="other prompts to measure on (default: 8)")
     add("--file", help="prompt file (default: the bundled shape suite)")
     add("--bins", type=int, default=4)
     add("--metric", default="mass")
     add("--budget", default="layer")
     add("--block-size", type=int, default=64)
     add("--steps", type=int)
-    add("--error-steps", type=int, default=8)
+    add("--error-steps", type=positive, default=8)
     add("--error-prompts", type=int, default=2)
     add("--seed", type=int, default=42)
     add("--backend", default="auto")
     add("--keep", metavar="DIR", help="keep the plan files here")
-    add("--out", metavar="FILE", help="write the result as JSON")
+    add("-o", "--out", type=output_file, metavar="FILE", help="write the result as JSON")
     args = parser.parse_args(argv)
     same = (
         "model",
@@ -274,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         found = study(settings, folder, lambda text: print(text, file=sys.stderr, flush=True))
     print("\n".join(report(found)))
     if args.out:
-        Path(args.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, found, indent=2)
     return 0
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from .command import token_grid
+
 
 def measure(method: str, grid: tuple[int, int, int]) -> dict:
     """Seconds of the first plan, peak memory it added to the process, size of its index lists, density."""
@@ -41,17 +43,17 @@ def measure(method: str, grid: tuple[int, int, int]) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.planning", description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", default="32x45x80", help="T x H x W in tokens")
+    parser.add_argument("--grid", type=token_grid, default="32x45x80", help="T x H x W in tokens")
     parser.add_argument("--methods", nargs="+", default=["radial"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    grid = tuple(int(v) for v in args.grid.split("x"))
+    grid = args.grid
     if args.one:
         print(json.dumps(measure(args.one, grid)))
         return 0
     for method in args.methods:
-        command = [sys.executable, "-m", "dit_accel.eval.planning", "--grid", args.grid, "--one", method]
+        command = [sys.executable, "-m", "dit_accel.eval.planning", "--grid", "x".join(map(str, grid)), "--one", method]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(json.dumps(row) if args.json else "  ".join(f"{key} {value}" for key, value in row.items()))
     return 0

@@ -26,6 +26,7 @@ from ..methods import find
 from ..processors import Processor
 from ..state import State
 from ..step import Step
+from .command import positive, token_grid
 from .environment import environment
 from .method_spec import PARAMETERS
 from .methods import split
@@ -95,13 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("methods", nargs="*", help="METHOD@DENSITY (default: those that plan every call, at 0.5, 0.25 and 0.15)")
-    add("--grid", default="33x8x10", help="T x H x W in tokens (default: 33x8x10)")
-    add("--heads", type=int, default=Shape.heads)
-    add("--dim", type=int, default=Shape.dim)
-    add("--steps", type=int, default=Shape.steps)
+    add("--grid", type=token_grid, default="33x8x10", help="T x H x W in tokens (default: 33x8x10)")
+    add("--heads", type=positive, default=Shape.heads)
+    add("--dim", type=positive, default=Shape.dim)
+    add("--steps", type=positive, default=Shape.steps)
     add("--json", action="store_true")
     args = parser.parse_args(argv)
-    shape = Shape(tuple(int(n) for n in args.grid.split("x")), args.heads, args.dim, args.steps)
+    shape = Shape(args.grid, args.heads, args.dim, args.steps)
     names = args.methods or [f"{method}@{density:g}" for method in DYNAMIC for density in DENSITIES]
     rows = []
     for name in names:

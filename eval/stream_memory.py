@@ -10,7 +10,6 @@ Buffers go back to the system as they are freed: with glibc's own threshold, whi
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -21,7 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.outputs import write_json
 from ..pipelines.streaming.job import StreamJob, plan_stream, run_stream
+from .command import output_file, positive
 from .environment import ALLOCATOR, versions
 from .stream_policies import POLICIES, fixed_prompts
 
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--steps", type=int, default=1, help="denoising steps per chunk (default: 1)")
+    parser.add_argument("--steps", type=positive, default=1, help="denoising steps per chunk (default: 1)")
     parser.add_argument("--model", help="default: the bundled one")
-    parser.add_argument("-o", "--out", type=Path, help="JSON file")
+    parser.add_argument("-o", "--out", type=output_file, help="JSON file")
     args = parser.parse_args(argv)
     rows = []
     os.environ.update(ALLOCATOR)
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(rows[-1]), flush=True)
     if args.out:
         document = {"steps": args.steps, "allocator": ALLOCATOR, "rows": rows, "versions": versions()}
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, document)
     grown = [row["policy"] for row in rows if max(row["growth"].values()) > TOLERANCE]
     if grown:
         print(f"grew by more than {TOLERANCE:.0%}: {', '.join(grown)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,8 +20,10 @@ import numpy as np
 
 from ..errors import UsageError
 from ..pipelines.model import fingerprint
+from ..pipelines.outputs import read_json, write_json
 from ..pipelines.prompts import Prompt, read_prompts
 from ..pipelines.streaming.job import Clip, StreamJob, StreamPlan, plan_stream, run_stream
+from .command import output_file, positive
 from .shapes.suite import bootstrap
 from .streaming import StreamJudge
 
@@ -126,7 +127,7 @@ def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
     empty = {"schema": SCHEMA, "settings": described, "rows": []}
     if out is None or not out.is_file():
         return empty
-    old = json.loads(out.read_text(encoding="utf-8"))
+    old = read_json(out)
     if old.get("settings") != described:
         raise UsageError(f"{out} holds rows made with other settings; give another file or remove it")
     return old
@@ -134,9 +135,7 @@ def _continued(out: Path | None, described: dict[str, Any]) -> dict[str, Any]:
 
 def _save(out: Path | None, document: dict[str, Any]) -> None:
     if out is not None:
-        part = out.with_name(out.name + ".partial")
-        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        write_json(out, document)
 
 
 def _key(clip: Clip) -> tuple[str, str, int]:
@@ -156,12 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dit_accel.eval.stream_policies", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--prompts", type=int, default=20, help="the first so many of the fixed ones")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--prompts", type=positive, default=20, help="the first so many of the fixed ones")
+    parser.add_argument("--seeds", type=positive, default=2)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--model", help="default: the bundled one")
     parser.add_argument("--clips", default="stream-policies", help="folder for the videos (default: stream-policies)")
-    parser.add_argument("-o", "--out", type=Path, default=Path("stream-policies.json"))
+    parser.add_argument("-o", "--out", type=output_file, default="stream-policies.json")
     args = parser.parse_args(argv)
     job = StreamJob(
         tuple(fixed_prompts()[: args.prompts]), Path(args.clips), seconds=args.seconds, model=args.model,

@@ -23,6 +23,7 @@ from ..pipelines.job import Job, Shot, resolve
 from ..pipelines.load import load, pick_device, pick_dtype
 from ..pipelines.model import ModelInfo, inspect_model
 from ..pipelines.prompts import Prompt
+from .command import output_file
 from .environment import environment
 from .shapes.suite import prompts
 from .tune.bench import Bench, Store, read
@@ -149,7 +150,7 @@ def _line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_accel.eval.sweep", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("-o", "--out", type=Path, help="JSON, written as it goes and continued from")
+    add("-o", "--out", type=output_file, help="JSON, written as it goes and continued from")
     add("--prompts", type=int, default=PROMPTS, help=f"prompts per setting (default: {PROMPTS})")
     add("--frames", type=int, default=Sweep.frames, help=f"frames of a render (default: {Sweep.frames})")
     add("--steps", type=int, default=Sweep.steps, help=f"denoising steps of a render (default: {Sweep.steps})")

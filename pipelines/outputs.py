@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..errors import DitAccelError, UsageError
 
@@ -101,6 +103,30 @@ def check_file(path: str | Path, flag: str = "-o") -> None:
         raise UsageError(
             f"{flag} {path} cannot be written: {error.strerror or error}; give a file in a folder that can be written"
         ) from None
+
+
+def write_json(path: Path, document: Any, indent: int | None = 1) -> None:
+    """Write a document, whole or not at all, making the folders on the way. Raises ``DitAccelError``."""
+    part = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(document, indent=indent) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The document of a file that a measurement goes on with. Raises ``UsageError`` where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read as the JSON of a measurement ({error}); give another file or remove it"
+        ) from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no measurement but a {type(found).__name__}; give another file or remove it")
+    return found
 
 
 def explain(error: OSError, path: Path) -> DitAccelError:

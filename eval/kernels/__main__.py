@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from ...errors import UsageError
 from ...kernels.faults import DeviceLost
+from ..command import output_file
 from ..environment import environment
 from .cases import SECTIONS, SHAPES, cases
 from .document import fill, opened, write
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--shapes", nargs="+", choices=tuple(SHAPES), help="of the section's, these alone")
     add("--methods", nargs="+", help="of the section's, these alone")
     add("--cold", action="store_true", help="overwrite the GPU's L2 cache before every timed call")
-    add("-o", "--output", type=Path, help="JSON; an existing one is continued")
-    add("--plot", type=Path, help="picture of time over length; needs matplotlib")
+    add("-o", "--output", type=output_file, help="JSON; an existing one is continued")
+    add("--plot", type=output_file, help="picture of time over length; needs matplotlib")
     args = parser.parse_args(given)
     device = "cpu" if args.section == "cpu" or not torch.cuda.is_available() else "cuda"
     if device == "cpu" and args.section != "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...kernels.faults import DeviceLost, check_device
+from ...pipelines.outputs import read_json, write_json
 from .cases import Case
 
 SCHEMA = 1
@@ -31,7 +31,7 @@ def opened(
     }  # fmt: skip
     if path is None or not path.exists():
         return new
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     same = {name: found.get("environment", {}).get(name) == environment[name] for name in _SAME}
     same |= {name: found.get(name) == new[name] for name in ("schema", "section")}
     same["choice of --cold"] = found.get("cold", False) == cold
@@ -71,7 +71,4 @@ def fill(
 
 def write(document: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_json(path, document)

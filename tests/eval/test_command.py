@@ -1,5 +1,7 @@
 """Measurement modules as a user starts them: bad input is one line and exit code 2, never a traceback."""
 
+import argparse
+import importlib
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 
 from dit_accel import cli
 from dit_accel.errors import DitAccelError, UnsupportedError, UsageError
-from dit_accel.eval.command import FAILURE, INTERRUPTED, USAGE, run
+from dit_accel.eval.command import FAILURE, INTERRUPTED, USAGE, positive, run
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,36 @@ def test_a_missing_replay_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "missing.json" in done.stderr
     assert "--replay" in done.stderr
+
+
+WRITING = (
+    "attention_maps", "blocks", "compiled", "kernels.__main__", "memory", "methods", "paro", "stream_memory",
+    "stream_policies", "sweep",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", WRITING)
+@pytest.mark.parametrize(("name", "told"), [("folder", "is a folder"), ("file/x.json", "cannot be written")])
+def test_a_result_that_cannot_be_written_is_said_before_the_work(module, name, told, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"dit_accel.eval.{module}").main(["-o", str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["memory", "planning", "planning_share"])
+@pytest.mark.parametrize("grid", ["", "8", "4x0x8", "4x-1x8", "axbxc", "4x4x4x4"])
+def test_a_grid_that_is_none(module, grid, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"dit_accel.eval.{module}").main([f"--grid={grid}"])
+    assert ended.value.code == 2
+    assert "like 21x30x52" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "nan"])
+def test_a_count_is_at_least_one(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+        positive(text)
+    assert positive("12") == 12

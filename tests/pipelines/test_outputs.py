@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from dit_accel.errors import UsageError
-from dit_accel.pipelines.outputs import Outputs, explain, prepare_folder
+from dit_accel.errors import DitAccelError, UsageError
+from dit_accel.pipelines.outputs import Outputs, explain, prepare_folder, read_json, write_json
 
 
 def test_files_appear_together_under_their_final_names(tmp_path):
@@ -88,3 +88,20 @@ def test_a_full_disk_is_explained(tmp_path):
     assert "--resume" in text
     text = str(explain(OSError(errno.EIO, "Input/output error"), tmp_path / "a"))
     assert "a could not be written: Input/output error" in text
+
+
+def test_a_document_makes_its_folders_and_is_read_again(tmp_path):
+    path = tmp_path / "not" / "yet" / "a.json"
+    write_json(path, {"rows": [1]})
+    assert read_json(path) == {"rows": [1]}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+    with pytest.raises(DitAccelError, match="could not be written"):
+        write_json(path / "b.json", {})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_a_file_that_is_no_document_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.json .*; give another file or remove it"):
+        read_json(path)

@@ -427,5 +427,5 @@ def test_the_processor_takes_the_methods_parameters():
 
 @pytest.mark.parametrize("chunks", [(True, (3, 4), (2, 3, 4)), (2, (True, 4), (2, 3, 4)), (2, (3, 4), (2, 3, True))])
 def test_true_is_no_size(chunks):
-    with pytest.raises(UsageError, match="got .*True"):
+    with pytest.raises(UsageError, match=r"got .*True"):
         VMoBA(chunks=chunks)
