@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(json=args.json, quiet=args.quiet)
     suite, job = _suite(args), _job(args)
-    from ..eval.shapes.job import evaluate
+    from ..eval.shapes.job import DENSE, evaluate
     from ..eval.shapes.suite import difference_table, table
+    from .render_report import density_note
 
     result = evaluate(
         suite,
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if "paired" in result:
         console.say("\naccelerated minus dense, paired by prompt and seed")
         console.say(difference_table(result["paired"]))
+    if "density_missed" in result:
+        missed, name = result["density_missed"], next(side for side in result["summary"] if side != DENSE)
+        console.note(density_note(name, missed["asked"], missed["had"], result["summary"][name]["videos"]))
     if args.json:
         emit("eval", {"ok": True, **{key: value for key, value in result.items() if key != "schema"}})
     return 0

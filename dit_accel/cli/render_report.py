@@ -108,11 +108,19 @@ def density_report(runs: list[tuple[Any, dict[str, Any]]]) -> list[str]:
     missed = [(shot.choice, a["density"]) for shot, a in runs if shot.choice.missed(a.get("density"))]
     if not missed:
         return []
-    choice, had = missed[0][0], sorted(density for _, density in missed)
+    choice = missed[0][0]
+    return [density_note(choice.name, choice.asked, [density for _, density in missed], len(runs))]
+
+
+def density_note(name: str, asked: float, missed: list[float], runs: int) -> str:
+    """That ``missed``, of so many ``runs``, are the densities that a method had in the place of the one asked for."""
+    had = sorted(missed)
     span = _number(had[0]) if had[-1] - had[0] < 0.0005 else f"{_number(had[0])} to {_number(had[-1])}"
-    where = f" in {len(missed)} of {len(runs)} outputs" if len(runs) > 1 else ""
-    return [f"note: density {choice.asked:g} was asked for and {choice.name} had {span}{where}; its own parameters, by "
-            "--param, can bring it nearer (dit-accel methods lists them)"]  # fmt: skip
+    where = f" in {len(missed)} of {runs} outputs" if runs > 1 else ""
+    return (
+        f"note: density {asked:g} was asked for and {name} had {span}{where}; its own parameters, by --param, can "
+        "bring it nearer (dit-accel methods lists them)"
+    )
 
 
 def compare_report(compare: dict[str, Any] | None) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import UsageError
+from ...pipelines.acceleration import Choice
 from ...pipelines.generate import generate
 from ...pipelines.job import Job, Shot, resolve
 from ...pipelines.load import load
 from ...pipelines.model import inspect_model
+from ...pipelines.outputs import read_json, write_json
 from ...pipelines.prompts import Prompt
 from ..environment import environment
 from ..fidelity import fidelity
@@ -37,9 +37,9 @@ def evaluate(
     """Grade ``suite`` rendered as ``job`` says (model, method, steps; its prompts and seed are the suite's).
 
     ``out``: JSON written after every video and continued from. ``sheet``: PNG with nine frames of every video
-    rendered now. ``tell`` hears every row. Returns ``rows``, one per
-    prompt, seed and side, with ``scores`` by dimension and, for the accelerated side of a pair, ``psnr``;
-    ``summary`` per side; with ``compare`` also ``paired``, accelerated minus dense per dimension.
+    rendered now. ``tell`` hears every row. Returns ``rows``, one per prompt, seed and side, with ``scores`` by
+    dimension and, for the accelerated side of a pair, ``psnr``; ``summary`` per side; ``density_missed`` where rows
+    had another density than was asked for; with ``compare`` also ``paired``, accelerated minus dense per dimension.
     Raises ``UsageError`` when ``out`` holds rows of another run.
     """
     info = inspect_model(job.model)
@@ -65,15 +65,15 @@ def evaluate(
             strips.append(video[:: max(len(video) // 8, 1)][:9])
             tell(row)
         if out is not None:
-            _save(out, document(suite, settings, rows))
+            write_json(out, document(suite, settings, rows, shot.choice))
     if sheet is not None and strips:
         from ...pipelines.mini.sheets import save_rows
 
         save_rows(strips, sheet)
-    return document(suite, settings, rows)
+    return document(suite, settings, rows, shots[0].choice)
 
 
-def document(suite: Suite, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def document(suite: Suite, settings: dict[str, Any], rows: list[dict[str, Any]], choice: Choice) -> dict[str, Any]:
     """The result as plain JSON values."""
     sides = {side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(r["side"] for r in rows)}
     result: dict[str, Any] = {
@@ -84,6 +84,9 @@ def document(suite: Suite, settings: dict[str, Any], rows: list[dict[str, Any]])
         "summary": {side: summarize(own, suite.dimensions) for side, own in sides.items()},
         "rows": rows,
     }
+    had = [row["density"] for row in rows if choice.missed(row.get("density"))]
+    if had:
+        result["density_missed"] = {"asked": choice.asked, "had": had}
     if suite.compare and len(sides) == 2:
         (other,) = set(sides) - {DENSE}
         result["paired"] = paired(sides[DENSE], sides[other], suite.dimensions)
@@ -147,14 +150,7 @@ def _graded(
 def _continued(out: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if out is None or not out.is_file():
         return []
-    old = json.loads(out.read_text())
+    old = read_json(out)
     if old.get("settings") != settings:
         raise UsageError(f"{out} holds rows made with other settings; give another file or remove it")
     return old["rows"]
-
-
-def _save(out: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all: an interrupted write must not cost the rows before it."""
-    part = out.with_name(out.name + ".partial")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, out)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel.errors import UsageError
+from dit_accel.pipelines.prompts import Prompt, read_prompts
 
 from .grade import DIMENSIONS, PASS
 
@@ -27,7 +28,7 @@ class Suite:
 
 def prompts(name: str = "shapes-120") -> list[str]:
     """A bundled prompt list: ``mini-12`` (quick look at colour and motion), ``shapes-120`` (the suite) or a text
-    file."""
+    file, as for rendering but without settings of its own. Raises ``UsageError``."""
     folder = resources.files("dit_accel.assets") / "prompts"
     source: Any = folder / f"{name}.txt"
     if not source.is_file():
@@ -35,7 +36,14 @@ def prompts(name: str = "shapes-120") -> list[str]:
     if not source.is_file():
         known = sorted(p.name.removesuffix(".txt") for p in folder.iterdir() if p.name.endswith(".txt"))
         raise UsageError(f"no prompt list {name!r}; bundled are {', '.join(known)}, or give the path of a text file")
-    return [line.strip() for line in source.read_text().splitlines() if line.strip()]
+    found = read_prompts(str(source))
+    own = next((prompt for prompt in found if prompt != Prompt(prompt.text, prompt.line)), None)
+    if own is not None:
+        raise UsageError(
+            f"{source}, line {own.line} sets more than the prompt, which all prompts here share; keep its text alone "
+            "and give the rest as options"
+        )
+    return [prompt.text for prompt in found]
 
 
 def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:

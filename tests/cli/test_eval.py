@@ -9,7 +9,9 @@ import pytest
 
 from dit_accel.cli import main
 from dit_accel.eval.registry import METRICS
+from dit_accel.eval.shapes.suite import Suite
 from dit_accel.eval.vbench import DIMENSIONS
+from dit_accel.pipelines.acceleration import Choice
 from dit_accel.pipelines.video import write_frames
 
 SMALL = ["--size", "48x32", "--frames", "9", "--steps", "2", "--backend", "gather"]
@@ -156,3 +158,18 @@ def test_each_judge_is_a_module(name):
     done = subprocess.run([sys.executable, "-m", f"dit_accel.eval.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: dit-accel eval {name}")
+
+
+def test_shapes_says_that_a_density_was_missed(monkeypatch, capsys):
+    from dit_accel.eval.shapes import job
+
+    def evaluate(*_, **__):
+        row = {"prompt": "p", "seed": 0, "side": "radial", "scores": {"color": 1.0}, "density": 0.75}
+        choice = Choice(None, asked=0.5)
+        return job.document(Suite(("p",), dimensions=("color",)), {}, [row], choice)
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    assert main(["eval", "shapes", "--method", "radial", "--density", "0.5", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "density 0.5 was asked for and radial had 0.750" in captured.err
+    assert json.loads(captured.out)["density_missed"] == {"asked": 0.5, "had": [0.75]}

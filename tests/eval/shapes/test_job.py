@@ -69,3 +69,22 @@ def test_rows_of_other_settings_are_refused(tmp_path, calls):
     module.evaluate(Suite(TEXTS[:1], dimensions=DIMENSIONS), job(method="dense"), out=out)
     with pytest.raises(UsageError, match="other settings"):
         module.evaluate(Suite(TEXTS[:1], dimensions=DIMENSIONS), job(), out=out)
+
+
+@pytest.mark.parametrize(("density", "missed"), [(0.2, None), (0.5, {"asked": 0.5, "had": [0.2, 0.2]})])
+def test_another_density_than_asked_for_is_told(density, missed, tmp_path, calls):
+    # The drawn renders have a density of 0.2.
+    suite, out = Suite(TEXTS[:2], dimensions=DIMENSIONS, compare=True), tmp_path / "rows.json"
+    result = module.evaluate(suite, job(method="radial", density=density), out=out)
+    assert result.get("density_missed") == missed
+    assert json.loads(out.read_text()).get("density_missed") == missed
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_file_that_holds_no_rows_is_refused_and_kept(content, tmp_path, calls):
+    out = tmp_path / "rows.json"
+    out.write_text(content)
+    with pytest.raises(UsageError, match="give another file or remove it"):
+        module.evaluate(Suite(TEXTS[:1], dimensions=DIMENSIONS), job(), out=out)
+    assert out.read_text() == content
+    assert calls == []

@@ -18,6 +18,28 @@ def test_unknown_list_names_the_bundled_ones():
         prompts("nothing")
 
 
+def test_a_file_is_read_as_for_rendering(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"\xef\xbb\xbf# a comment\r\na red circle\r\n\r\na blue square\r\n")
+    assert prompts(str(path)) == ["a red circle", "a blue square"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "no prompts in"),
+        (b"# nothing\n", "no prompts in"),
+        (b"\xff\xfea\x00", "is not UTF-8"),
+        (b'a red circle\n{"prompt": "a blue square", "seed": 7}\n', "line 2 sets more than the prompt"),
+    ],
+)
+def test_a_file_that_will_not_do_is_refused(content, told, tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        prompts(str(path))
+
+
 def test_interval_holds_the_mean_and_is_repeatable():
     values = [0.0, 1.0] * 20
     low, high = bootstrap(values)
