@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,49 @@ def prepare_folder(path: Path, flag: str = "-o") -> Path:
             f"{flag} {path} cannot be written to ({error.strerror or error}); give a folder that can"
         ) from None
     return path
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Keep other runs from making the same output at the same time. Raises ``DitAccelError`` where one does.
+
+    A lock of the operating system, so that none outlives its run; where there are none, this does nothing.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    file = _locked(lock)
+    if file is None:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(lock: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that had it may have removed it in between, and then it keeps nobody out.
+            if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            raise DitAccelError(
+                f"another run is making {lock.name[1:-5]} in {lock.parent}; nothing of it was touched. Give another "
+                "-o, or run again with --resume when that run has ended"
+            ) from None
+        except OSError:
+            lock.unlink(missing_ok=True)
+            os.close(file)
+            return None
+        os.close(file)
 
 
 def check_file(path: str | Path, flag: str = "-o") -> None:

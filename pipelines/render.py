@@ -19,7 +19,7 @@ from .generate import Result, generate
 from .job import Job, Shot, digest, resolve
 from .load import load, pick_device, pick_dtype
 from .model import ModelInfo, inspect_model
-from .outputs import Outputs, explain, prepare_folder, set_aside
+from .outputs import Outputs, claim, explain, prepare_folder, set_aside
 from .video import side_by_side, write_frames, write_gif, write_mp4, write_png
 
 DONE, SKIPPED, DIFFERS, FAILED, PENDING = "done", "skipped", "differs", "failed", "pending"
@@ -124,8 +124,10 @@ def render(
         pipe.set_progress_bar_config(disable=not progress, desc=outcome.shot.stem[:40], leave=False, dynamic_ncols=True)
         tell("start", {"outcome": outcome})
         try:
-            outcome.record = _one(pipe, plan, outcome, judge, tell)
-            outcome.status, outcome.detail = DONE, ""
+            with claim(outcome.file):
+                if not _appeared(plan.job, outcome):
+                    outcome.record = _one(pipe, plan, outcome, judge, tell)
+                    outcome.status, outcome.detail = DONE, ""
         except Exception as error:
             outcome.status, outcome.detail = FAILED, describe(error)
         tell("end", {"outcome": outcome})
@@ -200,7 +202,7 @@ def _write(job: Job, outcome: Outcome, result: Result, pair: Pair | None, record
                 write_frames(outputs.add(job.frames_dir / shot.stem), result.frames)
                 folders.append(str(job.frames_dir / shot.stem))
             if pair is not None:
-                beside = path.with_name(f"{shot.stem}-dense-vs-{shot.choice.name}{shot.suffix}")
+                beside = _beside(outcome)
                 both = side_by_side(pair.dense[-1].frames, pair.fast[-1].frames)
                 made[beside.name] = outputs.add(beside)
                 if shot.is_video:
@@ -239,7 +241,52 @@ def _existing(job: Job, outcome: Outcome) -> Outcome:
     return outcome
 
 
+def _appeared(job: Job, outcome: Outcome) -> bool:
+    """Whether another run has finished a pending shot meanwhile, as resuming would take it.
+
+    Raises ``DitAccelError`` where a file has appeared that must be kept.
+    """
+    if job.overwrite or not outcome.file.exists():
+        return False
+    now = _existing(job, Outcome(outcome.shot, outcome.file, outcome.settings))
+    if now.status == SKIPPED:
+        outcome.status, outcome.record, outcome.detail = SKIPPED, now.record, ""
+        return True
+    if now.damaged:
+        outcome.damaged = now.damaged
+        return False
+    raise DitAccelError(
+        f"{outcome.file} has appeared since this run began, and is kept; run again with --resume, or give another -o"
+    )
+
+
+def _others(job: Job, outcome: Outcome) -> list[Path]:
+    """What a shot would write over besides its own output: files that no record of that output names, and that record
+    where it is of another output, an image for a video."""
+    stem = outcome.shot.stem
+    own = (sidecar.read(sidecar.sidecar_path(job.out, stem)) or {}).get("files", [])
+    found = [job.out / own[0]] if own and own[0] != outcome.file.name else []
+    if job.gif and outcome.shot.is_video and outcome.file.with_suffix(".gif").name not in own:
+        found.append(outcome.file.with_suffix(".gif"))
+    if job.compare and _beside(outcome).name not in own:
+        found.append(_beside(outcome))
+    if job.frames_dir is not None and str(job.frames_dir / stem) not in own:
+        found.append(job.frames_dir / stem)
+    return [path for path in found if path.exists()]
+
+
+def _beside(outcome: Outcome) -> Path:
+    return outcome.file.with_name(f"{outcome.shot.stem}-dense-vs-{outcome.shot.choice.name}{outcome.shot.suffix}")
+
+
 def _refuse_overwriting(plan: Plan) -> None:
+    other = [] if plan.job.overwrite else [str(path) for o in plan.todo for path in _others(plan.job, o)]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise UsageError(
+            f"{', '.join(other[:3])}{more} of another run would be lost; give another -o or --frames-dir, or "
+            "--overwrite to write over it"
+        )
     taken = [o.file.name for o in plan.todo if o.file.exists() and not o.damaged]
     if taken and not plan.job.overwrite:
         more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""

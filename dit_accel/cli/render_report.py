@@ -67,6 +67,9 @@ def show(console: Console) -> Callable[[str, dict[str, Any]], None]:
         if outcome.status == "failed":
             console.note(f"failed: {outcome.file.name}: {outcome.detail}")
             return
+        if outcome.status == "skipped":
+            console.say(f"skip       {outcome.file.name} (another run has finished it meanwhile)")
+            return
         record = outcome.record
         console.say(f"{outcome.file}  {seconds_line(record['seconds'])}")
         for line in [*attention_report(record["attention"]), *compare_report(record.get("compare"))]:

@@ -22,8 +22,8 @@ def make(tiny_wan, tmp_path):
         texts = prompts or ("a red circle",)
         base = {"model": str(tiny_wan), "size": (32, 48), "frames": 9, "steps": 2, "accel": SPARSE}
         return Job(
-            tuple(Prompt(t, i) if isinstance(t, str) else t for i, t in enumerate(texts, 1)), tmp_path / "out",
-            **(base | settings),
+            tuple(Prompt(t, i) if isinstance(t, str) else t for i, t in enumerate(texts, 1)),
+            **({"out": tmp_path / "out"} | base | settings),
         )  # fmt: skip
 
     return job
@@ -322,3 +322,59 @@ def test_a_model_that_does_not_fit_comes_with_remedies(make, monkeypatch):
     monkeypatch.setattr(module, "load", full)
     with pytest.raises(DitAccelError, match=r"out of memory.*--offload"):
         render(plan_job(make()), progress=False)
+
+
+def test_frames_of_another_run_are_not_written_over(make, tmp_path):
+    frames = tmp_path / "frames"
+    run(make(frames_dir=frames))
+    before = (frames / "0001-a-red-circle-s42" / "00000.png").read_bytes()
+    other = make(frames_dir=frames, out=tmp_path / "other", steps=3)
+    with pytest.raises(UsageError, match=r"frames.*of another run would be lost"):
+        plan_job(other)
+    assert (frames / "0001-a-red-circle-s42" / "00000.png").read_bytes() == before
+    assert [o.status for o in run(make(frames_dir=frames, out=tmp_path / "other", overwrite=True))] == ["done"]
+    # What a run has made itself is made again where its video is gone.
+    (tmp_path / "out" / "0001-a-red-circle-s42.mp4").unlink()
+    assert [o.status for o in run(make(frames_dir=frames, resume=True))] == ["done"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_image_does_not_take_the_record_of_a_video(make, resume):
+    job = make()
+    run(job)
+    record = (job.out / "0001-a-red-circle-s42.json").read_text()
+    with pytest.raises(UsageError, match=r"s42\.mp4 of another run would be lost"):
+        plan_job(make(frames=1, accel=Acceleration(), resume=resume))
+    assert (job.out / "0001-a-red-circle-s42.json").read_text() == record
+
+
+def test_two_runs_do_not_make_one_output_at_a_time(make, monkeypatch):
+    first, second = plan_job(make()), plan_job(make())
+    real, inner = module.generate, []
+
+    def meanwhile(pipe, shot, processor):
+        if not inner:
+            inner.append(True)
+            render(second, progress=False)
+        return real(pipe, shot, processor)
+
+    monkeypatch.setattr(module, "generate", meanwhile)
+    render(first, progress=False)
+    assert [o.status for o in (*first.outcomes, *second.outcomes)] == ["done", "failed"]
+    assert "another run is making 0001-a-red-circle-s42.mp4" in second.outcomes[0].detail
+    assert names(first.job.out) == ["0001-a-red-circle-s42.json", "0001-a-red-circle-s42.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"), [({"resume": True}, "skipped"), ({}, "failed"), ({"steps": 3}, "failed")]
+)
+def test_what_another_run_has_finished_since_is_kept(make, settings, status):
+    late = plan_job(make(**settings))
+    run(make())
+    written = late.outcomes[0].file.read_bytes()
+    render(late, progress=False)
+    (outcome,) = late.outcomes
+    assert outcome.status == status
+    assert outcome.file.read_bytes() == written
+    if status == "failed":
+        assert "has appeared since this run began" in outcome.detail
