@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from ...errors import UnsupportedError, UsageError
 from .. import sidecar
+from ..geometry import geometry
 from ..load import load, pick_device, pick_dtype
 from ..model import ModelInfo, inspect_model
 from ..outputs import explain, prepare_folder
@@ -108,8 +110,7 @@ class StreamPlan:
 
 def plan_stream(job: StreamJob) -> StreamPlan:
     """Check everything that can be checked before weights are loaded. Raises ``UsageError``, ``UnsupportedError``."""
-    if not job.seconds > 0:
-        raise UsageError(f"a stream lasts more than 0 seconds; got {job.seconds}")
+    _check(job)
     pick_dtype(job.dtype, pick_device(job.device))
     info = inspect_model(job.model)
     kind = info.pipeline_class.__name__
@@ -123,25 +124,55 @@ def plan_stream(job: StreamJob) -> StreamPlan:
     configs = _configs(job, own)
     undistilled = job.weights is None and bool(info.defaults) and not own
     settings = {**PIPELINES[kind], **(UNDISTILLED if undistilled else {}), **own}
-    steps = job.steps or settings.get("steps") or Steps().times
-    how = {"shift": job.shift or settings.get("shift", 5.0), "renoise": settings.get("renoise", "fresh")}
+    steps = (settings.get("steps") or Steps().times) if job.steps is None else job.steps
+    shift = settings.get("shift", 5.0) if job.shift is None else job.shift
+    how = {"shift": shift, "renoise": settings.get("renoise", "fresh")}
     steps = Steps.even(steps, **how) if isinstance(steps, int) else Steps(tuple(steps), **how)
     guidance = settings.get("guidance_scale", info.defaults["guidance_scale"] if undistilled else 1.0)
-    prepare_folder(job.out)
+    fps = job.fps or info.fps
+    if round(job.seconds * fps) < 1:
+        raise UsageError(f"{job.seconds:g} seconds are less than a frame at {fps} fps; give more --seconds")
     clips = []
     for number, prompt in enumerate(job.prompts, 1):
         default = (info.defaults.get("width", 832), info.defaults.get("height", 480))
         size, seed = prompt.size or job.size or default, job.seed if prompt.seed is None else prompt.seed
+        geometry(info).check_size(*size, f"line {prompt.line}: size" if prompt.size else "--size")
+        _check_seed(seed)
         for name, config in configs.items():
             stem = f"{number:04d}-{slug(prompt.text)}-s{seed}-{slug(name)}"
             clips.append(Clip(replace(prompt, seed=seed), name, config, job.out / f"{stem}.mp4", size))
+    prepare_folder(job.out)
     taken = [clip.file.name for clip in clips if clip.file.exists()]
     if taken and not job.overwrite:
         raise UsageError(f"{taken[0]} is already in {job.out}; use --overwrite, or another -o")
     return StreamPlan(
-        job, info, steps, guidance if job.guidance is None else job.guidance, job.fps or info.fps, not undistilled,
+        job, info, steps, guidance if job.guidance is None else job.guidance, fps, not undistilled,
         clips, own.get("transformer"),
     )  # fmt: skip
+
+
+def _check(job: StreamJob) -> None:
+    """Values that no model could make anything of."""
+    if not 0 < job.seconds < math.inf:
+        raise UsageError(f"a stream lasts more than 0 seconds; got {job.seconds:g}; give a finite number above 0")
+    if job.fps is not None and not 1 <= job.fps <= 240:
+        raise UsageError(f"--fps must lie in 1 ... 240; got {job.fps}")
+    if job.guidance is not None and not math.isfinite(job.guidance):
+        raise UsageError(f"--guidance must be a finite number; got {job.guidance}")
+    late = [at for at in job.prompts_at if not 0 <= at < job.seconds]
+    if late:
+        raise UsageError(
+            f"a prompt that takes over at {late[0]:g} s has no part in a stream of {job.seconds:g} s; give --then a "
+            "second within it, or more --seconds"
+        )
+    for image in filter(None, (job.image, *(prompt.image for prompt in job.prompts))):
+        if "://" not in image and not Path(image).is_file():
+            raise UsageError(f"--image: no file at {image}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"a seed must lie in 0 ... 2^63 - 1; got {seed}")
 
 
 def _configs(job: StreamJob, own: Mapping[str, Any]) -> dict[str, CacheConfig]:
