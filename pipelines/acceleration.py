@@ -15,6 +15,7 @@ from ..guard import Guard
 from ..kernels.block_sparse import flex
 from ..layout import Layout
 from ..methods import Method, find
+from ..precision import read_precision
 from ..preset import read_preset
 from ..processors import Processor, QuantProcessor
 from ..schedule import Schedule
@@ -98,6 +99,7 @@ def choose(accel: Acceleration, info: ModelInfo, *, layout: Layout | None, frame
         notes += miss
         schedule = _schedule(accel, method)
         processor = Processor(method, quant=accel.quant, schedule=schedule, **_running(accel))
+    _check_precision(processor)
     if len(processor.dense_steps(steps)) >= steps:
         notes.append(f"all {steps} steps run dense under this schedule; nothing is accelerated (lower --dense-steps)")
     return Choice(processor, density, tuple(notes), accel.density)
@@ -116,6 +118,7 @@ def _preset(accel: Acceleration, info: ModelInfo, layout: Layout | None, frames:
     if accel.guard is not None:
         processor.guard = accel.guard
     _check_family(processor.name, info)
+    _check_precision(processor)
     if processor.method is not None and layout is not None:
         processor.method.check(layout)
     here = {"weights": info.revision or info.fingerprint(), "frames": frames, "steps": steps}
@@ -133,6 +136,13 @@ def _check_family(name: str, info: ModelInfo) -> None:
             f"{name} cannot run on {info.transformer_class}, which no family row knows; use --method dense, or "
             f"register a row (dit_accel.diffusers.register_family). Known: {known}"
         )
+
+
+def _check_precision(processor: Processor) -> None:
+    """That the precision file can be read, if there is one. Raises ``UsageError``."""
+    file = getattr(processor.quant, "plan_file", None)
+    if file is not None:
+        read_precision(file)
 
 
 def _running(accel: Acceleration) -> dict[str, Any]:

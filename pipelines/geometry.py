@@ -11,6 +11,9 @@ from ..errors import UsageError
 from ..layout import Layout
 from .model import ModelInfo
 
+# Tokens that an int32 can count, as kernels do.
+MOST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -48,12 +51,21 @@ class Geometry:
         )
 
     def layout(self, width: int, height: int, frames: int, text: int = 0) -> Layout | None:
-        """The tokens of one forward, ``text`` of them text; None where the configuration does not say."""
+        """The tokens of one forward, ``text`` of them text; None where the configuration does not say.
+
+        Raises ``UsageError`` for more than an int32 can count, which no plan can list.
+        """
         if self.spatial is None or self.patch is None:
             return None
         t, h, w = self.patch
         latent = (frames - 1) // (self.temporal or 1) + 1
         grid = (math.ceil(latent / t), height // self.spatial // h, width // self.spatial // w)
+        tokens = math.prod(grid) + text
+        if tokens > MOST:
+            raise UsageError(
+                f"{frames} frames of {width}x{height} (WxH) are {tokens:,} tokens, and attention counts to {MOST:,} at "
+                "most; give a smaller --size or fewer --frames"
+            )
         return Layout(grid=grid, text=text)
 
 

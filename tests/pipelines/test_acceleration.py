@@ -201,3 +201,13 @@ def test_a_quant_that_is_none():
         decide(quant="sage22")
     with pytest.raises(UsageError, match="--density sets a sparse method"):
         decide(method="dense", quant="sage2", density=0.5)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no JSON"])
+@pytest.mark.parametrize("method", ["radial", "dense"])
+def test_a_precision_file_that_cannot_be_read_is_refused_before_any_work(content, method, tmp_path):
+    path = tmp_path / "precision.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=r"no precision file"):
+        decide(method=method, quant=str(path))

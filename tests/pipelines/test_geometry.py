@@ -98,3 +98,10 @@ def test_the_divisor_a_pipeline_checks_for_is_found(configs_only):
     geo = geometry(info)
     assert geo.multiple == 16
     assert geo.layout(80, 64, 65) == Layout(grid=(33, 8, 10))
+
+
+@pytest.mark.parametrize(("width", "height", "frames"), [(1_600_000, 1_280_000, 9), (832, 480, 10**9 + 1)])
+def test_more_tokens_than_can_be_counted_are_refused(width, height, frames):
+    with pytest.raises(UsageError, match=r"tokens, and attention counts to 2,147,483,647 at most"):
+        Geometry(8, 4, (1, 2, 2)).layout(width, height, frames)
+    assert Geometry(8, 4, (1, 2, 2)).layout(832, 480, 81) == Layout(grid=(21, 30, 52))
