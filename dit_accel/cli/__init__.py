@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 OK, FAILURE, USAGE, BUDGET_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -14,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        return args.run(args)
+        with _plain_warnings():
+            return args.run(args)
     except KeyboardInterrupt:
         print("\ndit-accel: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -24,6 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except Exception as error:
         return _report(error, args)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line of text, without the place in the source that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"dit-accel: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _report(error: Exception, args) -> int:

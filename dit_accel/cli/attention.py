@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantised products: auto, sage1, sage2, sage2-int4, sage2pp, or a precision file (default: none)",
     )  # fmt: skip
     add("--preset", metavar="FILE", help="all of this as `dit-accel tune` found it, but --backend and --guard")
-    add("--backend", default="auto", help="execution tier: auto, triton, flex, gather, reference (default: auto)")
+    add("--backend", default="auto", help="tier: auto, triton, flash, flex, gather, reference (default: auto)")
     add(
         "--guard", metavar="CHECKS",
         help="checks of accelerated calls, comma-separated: nonfinite, fault, drift; or off (default: nonfinite,fault)",

@@ -101,3 +101,12 @@ def test_an_unexpected_error_is_one_line_and_says_how_to_see_more(monkeypatch, c
     monkeypatch.setenv("DIT_ACCEL_DEBUG", "1")
     with pytest.raises(RuntimeError, match="boom"):
         main(["methods"])
+
+
+def test_a_warning_is_one_line_without_its_place_in_the_source():
+    words = ["mask", "--method", "clear", "--grid", "1x8x8", "--json"]
+    done = subprocess.run([sys.executable, "-m", "dit_accel", *words], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["ok"]
+    assert done.stderr.startswith("dit-accel: warning: Clear is experimental")
+    assert ".py:" not in done.stderr
