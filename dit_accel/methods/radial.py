@@ -123,9 +123,12 @@ def _solve_decay(method: Radial, density: float, layout: Layout) -> tuple[Radial
     return replace(method, decay=decay), reached(decay)
 
 
-def nominal_width(distance: int, frame_tokens: int) -> int:
-    """rho(d): tokens of band that frames ``distance`` apart keep before decay, halved per doubling of the distance."""
-    return (1 << frame_tokens.bit_length()) >> distance.bit_length()
+def nominal_width(distance: int, frame_tokens: int) -> float:
+    """rho(d): tokens of band that frames ``distance`` apart keep before decay, halved per doubling of the distance.
+
+    Less than one token, and still a width, from the first power of two above ``frame_tokens`` on.
+    """
+    return 2.0 ** (frame_tokens.bit_length() - distance.bit_length())
 
 
 def half_width(distance: int, frame_tokens: int, decay: float, block: int) -> float:
@@ -136,9 +139,7 @@ def half_width(distance: int, frame_tokens: int, decay: float, block: int) -> fl
 def kept(distance: int, frame_tokens: int) -> bool:
     """Whether frames ``distance`` apart see each other at all: narrow bands survive at every 2^i-th distance only."""
     width = nominal_width(distance, frame_tokens)
-    if width >= DECIMATE_BELOW:
-        return True
-    return width > 0 and distance % (DECIMATE_BELOW // width) == 0
+    return width >= DECIMATE_BELOW or distance % int(DECIMATE_BELOW / width) == 0
 
 
 @dataclass(frozen=True)

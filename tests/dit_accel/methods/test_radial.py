@@ -82,6 +82,12 @@ def test_r1_one_block_per_frame_leaves_power_of_two_distances_and_the_sink():
     assert seen[39] == [0, 7, 23, 31, 35, 37, 38, 39]
 
 
+@pytest.mark.parametrize("method", [upstream(128, 1.0, "hunyuan"), Radial(decay=1.0, sink_frames=0)])
+def test_r1_decimation_goes_on_where_a_band_is_less_than_a_token(method):
+    # One block per frame is seen at power-of-two distances; at 256 the width is half a token.
+    assert torch.nonzero(block_mask(method, 258, 128)[0]).flatten().tolist() == [0, *(2**i for i in range(9))]
+
+
 def test_r2_band_widths_and_decimation():
     widths = [round(half_width(d, 3600, 0.95, 128), 1) for d in (2, 3, 4, 7, 8, 15, 16, 20)]
     assert widths == [972.8, 972.8, 486.4, 486.4, 243.2, 243.2, 128, 128]
