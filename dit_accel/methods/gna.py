@@ -17,9 +17,10 @@ from ..checks import number
 from ..errors import UnsupportedError, UsageError
 from ..layout import Grid, Layout
 from ..plans import Plan
+from ..schedule import Schedule
 from .base import Call, Method, check_density
 from .gna_density import density_of, solve
-from .gna_presets import DEFAULT, PRESETS
+from .gna_presets import DEFAULT, PRESETS, Preset
 from .peraxis import PerAxis, at, flags, numbers, rank
 from .tile_shapes import choose, counter
 from .tiles import box_plan
@@ -89,14 +90,18 @@ class GNA(Method):
 
         Sources: GNA paper 4.2, 4.3 and tables 2 to 6 (``cosmos``, ``cosmos-fast``, ``hunyuan``, ``hunyuan-58``,
         ``flux-4k``), and the public per-layer configuration of Cosmos-Predict2 (``cosmos-predict2-a`` .. ``-e``, for
-        fine-tuned checkpoints). Each carries its grid as ``base_size``, so it adapts to other resolutions; the
-        published dense steps are in ``gna_presets.PRESETS[name]``.
+        fine-tuned checkpoints). Each carries its grid as ``base_size``, so it adapts to other resolutions;
+        :meth:`preset_schedule` has the dense steps that go with it.
         """
-        if name not in PRESETS:
-            raise UsageError(f"unknown GNA preset {name!r}; choose one of {', '.join(PRESETS)}")
-        p = PRESETS[name]
+        p = _preset(name)
         values = {"window": p.window, "stride": p.stride, "dilation": p.dilation, "base_size": p.grid}
         return cls(**{**values, **changes})
+
+    @classmethod
+    def preset_schedule(cls, name: str) -> Schedule:
+        """The dense steps that a configuration was published with, as a share of its run."""
+        p = _preset(name)
+        return Schedule(first=p.dense_steps / p.steps if p.dense_steps else 0)
 
     @classmethod
     def sliding_tile(cls, window: PerAxis = 3, tile: tuple[int, ...] = (6, 8, 8)) -> GNA:
@@ -200,3 +205,9 @@ class GNA(Method):
                 f"1..{length // size}, or window 1..{length // dilation}"
             )
         return Window(length, size, stride, dilation, causal)
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UsageError(f"unknown GNA preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -60,6 +60,7 @@ def test_an_unknown_method_gets_a_suggestion():
 def test_presets_by_name():
     processor = GNAProcessor.preset("hunyuan", dilation=1, schedule=Schedule(first=3))
     assert (processor.method, processor.schedule) == (GNA.preset("hunyuan"), Schedule(first=3))
+    assert GNAProcessor.preset("hunyuan").dense_steps(50) == list(range(15))
     with pytest.raises(UsageError, match="Radial has no presets; got 'hunyuan'"):
         RadialProcessor.preset("hunyuan")
 

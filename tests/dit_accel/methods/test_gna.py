@@ -296,6 +296,15 @@ def test_published_sparsity(name, sparsity):
     assert 1 - GNA.preset(name).density(layout) == pytest.approx(sparsity, abs=0.0055)
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "steps"),
+    [("cosmos", 12, 35), ("cosmos-fast", 12, 35), ("hunyuan", 15, 50), ("flux-4k", 9, 28), ("hunyuan-58", 0, 50),
+     ("cosmos-predict2-b", 0, 35)],
+)  # fmt: skip
+def test_published_dense_steps(name, dense, steps):
+    assert GNA.preset_schedule(name).dense_steps(steps) == list(range(dense))
+
+
 def test_a_ragged_grid_tests_few_blocks():
     """45 rows are no multiple of a tile, and yet 78,360 blocks do what 72,900 would at best, most of them whole."""
     made = plan(GNA((18, 24, 24), (16, 8, 8)), Layout((32, 45, 80)))
