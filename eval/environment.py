@@ -27,7 +27,11 @@ _GATHER = "no kernel of ours; the gather tier, or flex where its self-check pass
 #: Read by glibc as a process starts: bytes from which a buffer is mapped on its own, and given back when it is freed.
 #: Given, it no longer adapts, so that the memory of a process is what it holds.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CXX")
+# The allocator's weigh on a CPU: memory given back between two calls is faulted in again, a tenth of some calls.
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CXX", "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
+)  # fmt: skip
 
 
 def environment() -> dict[str, dict[str, Any]]:
