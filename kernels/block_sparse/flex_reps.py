@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from ..blocklist import BlockList
 from ..predicate import Gate, Predicate
 from ..tileplan import TilePlan
+from .order import repeat_heads
 
 
 def refuses(plan: TilePlan) -> str | None:
@@ -60,7 +61,7 @@ def strips(k: Tensor, v: Tensor, plan: TilePlan) -> tuple[Tensor, Tensor]:
     gap = front(plan) - sum(group.size for group in plan.reps)
 
     def join(parts: list[Tensor]) -> Tensor:
-        parts = [x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in parts]
+        parts = [repeat_heads(x, heads) for x in parts]
         empty = parts[0].new_zeros((*parts[0].shape[:2], gap, parts[0].shape[3]))
         return torch.cat([*parts[1:], empty, parts[0]], 2)
 
@@ -85,7 +86,7 @@ def finish(out: Tensor, q: Tensor, plan: TilePlan, scale: float) -> Tensor:
     """The first-order term and the row factors on the kernel's output (B, H, Nq, Dv or Dv + 1)."""
     dtype, n = torch.promote_types(q.dtype, torch.float32), q.shape[2]
     if plan.first_order is not None:
-        first = plan.first_order.to(dtype).repeat_interleave(q.shape[1] // plan.first_order.shape[1], 1)
+        first = repeat_heads(plan.first_order.to(dtype), q.shape[1])
         out = out[..., :-1] + scale * out[..., -1:] * (q.to(dtype) @ first)
     if plan.row_scale is not None:
         factors = (plan.row_scale[..., None], plan.row_add)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..representatives import Group
 from ..tileplan import TilePlan
+from .order import repeat_heads
 
 
 def attention(
@@ -29,14 +30,13 @@ def rows(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, R, Dv) and LSE (B, H, R) of the R queries of one query tile."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    heads = q.shape[1]
     inside = slice(tile * plan.tile_q, min((tile + 1) * plan.tile_q, plan.n_q))
     slots, live = visible(plan, tile, inside)
     q = q[:, :, inside].to(dtype)
     if alive is not None:
         live = live & pick(alive[..., None], slots)[..., 0][:, :, None, :]
-    shared = slots.shape[0] == 1 and slots.shape[1] == 1
-    keys, values = (repeat_heads(pick_slots(x, slots, shared, groups), heads, groups).to(dtype) for x in (k, v))
+    keys, values = (pick_slots(x, slots, heads).to(dtype) for x in (k, v))
     scores = ((q @ keys.mT) * scale).masked_fill(~live, -torch.inf)
     exact = scores.shape[-1]
     for group in plan.reps:
@@ -48,7 +48,7 @@ def rows(
     out = (weights @ values) / total.masked_fill(total == 0, 1)
     if plan.first_order is not None:
         mass = weights[..., exact:].sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
-        out = out + scale * mass * (q @ repeat_heads(plan.first_order, heads, groups).to(dtype))
+        out = out + scale * mass * (q @ repeat_heads(plan.first_order, heads).to(dtype))
     if plan.row_scale is not None:
         out = out * plan.row_scale[:, :, tile, None, None].to(dtype) + plan.row_add[:, :, tile, None].to(dtype)
     return out, (top + total.log())[..., 0]
@@ -66,10 +66,7 @@ def represented(q: Tensor, group: Group, tile: int, scale: float) -> tuple[Tenso
     index = group.seen.index[:, :, tile, :width].long()
     slots = (index[..., None] * group.width + torch.arange(group.width, device=index.device)).flatten(-2)
     listed = (torch.arange(width, device=index.device) < count[..., None]).repeat_interleave(group.width, -1)
-    heads, groups = q.shape[1], q.shape[1] // group.key.shape[1]
-    shared = slots.shape[0] == 1 and slots.shape[1] == 1
-    pooled = (pick_slots(x, slots, shared, groups) for x in (group.key, group.value))
-    keys, values = (repeat_heads(x, heads, groups).to(q) for x in pooled)
+    keys, values = (pick_slots(x, slots, q.shape[1]).to(q) for x in (group.key, group.value))
     bias = pick(group.bias()[..., None].to(q), slots)[..., 0].masked_fill(~listed, -torch.inf)
     return (q @ keys.mT) * scale + bias[:, :, None], values
 
@@ -113,12 +110,11 @@ def _tested(plan: TilePlan, q: Tensor, slots: Tensor) -> Tensor:
     return cell == 2 if seen is None else (cell == 2) | ((cell == 1) & seen)
 
 
-def pick_slots(x: Tensor, slots: Tensor, shared: bool, groups: int) -> Tensor:
-    if shared:
-        return x.index_select(2, slots[0, 0])
-    if slots.shape[1] > 1 and groups > 1:
-        x = x.repeat_interleave(groups, 1)
-    return pick(x, slots)
+def pick_slots(x: Tensor, slots: Tensor, heads: int) -> Tensor:
+    """x (B, Hk, N, D) at slots (B1, H1, C) for every query head: (B, heads, C, D)."""
+    if slots.shape[1] > 1:
+        return pick(repeat_heads(x, heads), slots)
+    return repeat_heads(x.index_select(2, slots[0, 0]) if len(slots) == 1 else pick(x, slots), heads)
 
 
 def pick(x: Tensor, slots: Tensor) -> Tensor:
@@ -126,7 +122,3 @@ def pick(x: Tensor, slots: Tensor) -> Tensor:
     b, h = (max(x.shape[i], slots.shape[i]) for i in (0, 1))
     x = x.expand(b, h, *x.shape[2:])
     return x.gather(2, slots.expand(b, h, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-
-def repeat_heads(x: Tensor, heads: int, groups: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(groups, 1)

@@ -25,7 +25,8 @@ def keys_in_plan_order(k: Tensor, v: Tensor, plan: TilePlan, heads: int) -> tupl
     """k and v of a call with ``heads`` query heads in plan order, as :func:`in_plan_order` gives them."""
     if plan.kv_order is None:
         return k, v
-    k, v = (_per_head(x, plan.kv_order, heads) for x in (k, v))
+    if plan.kv_order.ndim == 2:
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     return take(k, plan.kv_order), take(v, plan.kv_order)
 
 
@@ -64,9 +65,9 @@ def put(x: Tensor, order: Tensor, tokens: int | None = None) -> Tensor:
     return placed.view(b, h, rows, d)[:, :, :tokens]
 
 
-def _per_head(x: Tensor, order: Tensor, heads: int) -> Tensor:
-    """Key heads repeated up to the query heads where each query head has its own order."""
-    return x.repeat_interleave(heads // x.shape[1], 1) if order.ndim == 2 and x.shape[1] != heads else x
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, Hk, ..) with each key head repeated for the query heads that share it: (B, heads, ..)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def live_slots(plan: TilePlan, kv_valid: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tileplan import TilePlan
+from .order import repeat_heads
 
 
 def attention(
@@ -19,21 +20,21 @@ def attention(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads = q.shape[1]
-    query, keys, values = q.to(dtype), *(_heads(x, heads).to(dtype) for x in (k, v))
+    query, keys, values = q.to(dtype), *(repeat_heads(x, heads).to(dtype) for x in (k, v))
     visible = plan.token_mask()
     if alive is not None:
         visible = visible & alive[:, :, None, :]
     scores = [((query @ keys.mT) * scale).masked_fill(~visible, -torch.inf)]
     for group in plan.reps:
-        logits = (query @ _heads(group.key, heads).to(dtype).mT) * scale + group.bias().to(dtype)[:, :, None]
+        logits = (query @ repeat_heads(group.key, heads).to(dtype).mT) * scale + group.bias().to(dtype)[:, :, None]
         scores.append(logits.masked_fill(~_by_row(group.mask(), plan), -torch.inf))
-        values = torch.cat([values, _heads(group.value, heads).to(dtype)], 2)
+        values = torch.cat([values, repeat_heads(group.value, heads).to(dtype)], 2)
     scores = torch.cat(scores, -1)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = weights @ values
     if plan.first_order is not None:
-        first_order, mass = _heads(plan.first_order, heads).to(dtype), weights[..., plan.n_k :]
+        first_order, mass = repeat_heads(plan.first_order, heads).to(dtype), weights[..., plan.n_k :]
         if plan.first_order_each:
             for r in range(mass.shape[-1]):
                 out = out + scale * mass[..., r, None] * (query @ first_order[:, :, r])
@@ -43,10 +44,6 @@ def attention(
         factor, shift = (_by_row(x.to(dtype), plan) for x in (plan.row_scale[..., None], plan.row_add))
         out = out * factor + shift
     return out.to(q.dtype), lse
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _by_row(x: Tensor, plan: TilePlan) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..block_sparse.order import repeat_heads
 from ..tileplan import TilePlan
 from . import smooth
 from .quantisers import groups, quantize
@@ -92,7 +93,7 @@ def smoothed(plan: TilePlan, x: Operands, q: Tensor) -> TilePlan:
         if mean is None:
             return pooled
         heads = max(pooled.shape[1], mean.shape[1])
-        pooled, mean = (part.repeat_interleave(heads // part.shape[1], 1) for part in (pooled.float(), mean))
+        pooled, mean = (repeat_heads(part, heads) for part in (pooled.float(), mean))
         return (pooled - mean).to(q.dtype)
 
     reps = (replace(group, key=less(group.key, x.k_mean), value=less(group.value, x.v_mean)) for group in plan.reps)

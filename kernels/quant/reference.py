@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse import gather
+from ..block_sparse.order import repeat_heads
 from ..tileplan import TilePlan
 from .operands import Operands, smoothed
 from .recipe import Recipe
@@ -45,14 +46,13 @@ def rows(
     alive: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, H, R, Dv) and LSE (B, H, R) of one query tile, whose queries are ``inside``. float32."""
-    heads, groups = q.shape[1], q.shape[1] // x.k.shape[1]
+    heads = q.shape[1]
     slots, live = gather.visible(plan, tile, inside)
     if alive is not None:
         live = live & gather.pick(alive[..., None], slots)[..., 0][:, :, None, :]
-    shared = slots.shape[0] == 1 and slots.shape[1] == 1
 
     def seen(table: Tensor) -> Tensor:
-        return gather.repeat_heads(gather.pick_slots(table, slots, shared, groups), heads, groups)
+        return gather.pick_slots(table, slots, heads)
 
     query = q[:, :, inside].float()
     # In place from here on: a new table of logits costs more than the arithmetic on it.
@@ -78,7 +78,7 @@ def rows(
     total = (weight.sum(-1) * fade).sum(-1, keepdim=True)
     out = _product(weight, fade, seen(x.v), recipe)
     if x.v_scale is not None:
-        out = out * gather.repeat_heads(x.v_scale, heads, groups)
+        out = out * repeat_heads(x.v_scale, heads)
     mass = torch.exp2(logits - last)
     start = 0
     for part, values in pooled:
@@ -90,15 +90,15 @@ def rows(
     divisor = total.masked_fill(empty, 1)
     out = out / divisor
     if x.v_mean is not None:
-        out = out + gather.repeat_heads(x.v_mean, heads, groups).masked_fill(empty, 0)
+        out = out + repeat_heads(x.v_mean, heads).masked_fill(empty, 0)
     if plan.first_order is not None:
-        first_order = gather.repeat_heads(plan.first_order, heads, heads // plan.first_order.shape[1])
+        first_order = repeat_heads(plan.first_order, heads)
         out = out + scale * (mass / divisor) * (query @ first_order.float())
     if plan.row_scale is not None:
         out = out * plan.row_scale[:, :, tile, None, None] + plan.row_add[:, :, tile, None]
     lse = (last + total.log2()) / LOG2E
     if x.k_mean is not None:
-        lse = lse + scale * (query @ gather.repeat_heads(x.k_mean, heads, groups).mT)
+        lse = lse + scale * (query @ repeat_heads(x.k_mean, heads).mT)
     return out, lse[..., 0]
 
 

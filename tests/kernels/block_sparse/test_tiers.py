@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from dit_accel.kernels import BlockList, TilePlan
+from dit_accel.kernels import BlockList, Group, TilePlan
 from dit_accel.kernels.block_sparse import block_sparse_attention, choose, flex, gather
 
 FEATURES = {
@@ -73,6 +73,23 @@ def test_what_is_added_to_a_row_is_added_where_no_key_is_seen(tier):
     plan = TilePlan(16, 16, 32, 32, lists, row_scale=scale, row_add=add)
     out, _ = block_sparse_attention(q, k, v, plan, scale=0.3, backend=tier)
     torch.testing.assert_close(out[:, :, :16], add[:, :, :1].double().expand(2, 2, 16, 8))
+
+
+@pytest.mark.parametrize("tier", ["gather", "flash"])
+@pytest.mark.parametrize("shared", [2, 4], ids=["of key heads", "of query heads"])
+def test_first_order_where_each_head_has_its_own_order(tier, shared):
+    order = torch.stack([torch.randperm(32) for _ in range(4)])
+    q, (k, v) = torch.randn(1, 4, 32, 8), torch.randn(2, 1, 2, 32, 8)
+    group = Group(
+        key=torch.randn(1, 2, 2, 8), value=torch.randn(1, 2, 2, 8), count=torch.full((1, 1, 2), 16, dtype=torch.int32),
+        seen=BlockList.from_mask(torch.eye(2, dtype=torch.bool)[None, None]), bounds=torch.tensor([0, 16, 32]),
+    )  # fmt: skip
+    plan = TilePlan(
+        16, 16, 32, 32, BlockList.from_mask(~torch.eye(2, dtype=torch.bool)[None, None]), order=order, kv_order=order,
+        reps=(group,), first_order=torch.randn(1, shared, 8, 8),
+    )  # fmt: skip
+    out, expected = (block_sparse_attention(q, k, v, plan, scale=0.3, backend=name)[0] for name in (tier, "reference"))
+    torch.testing.assert_close(out, expected)
 
 
 geometry = {
