@@ -194,7 +194,7 @@ def arguments(
         *predicate_arguments(predicate), gate_arguments(plan.gate if plan.partial is not None else None),
         tuple(group_arguments(group, heads) for group in plan.reps) or None,
         matrix_arguments(plan.first_order, q),
-        None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
+        factor_arguments(plan, q.shape[0], heads),
         None if kv_valid is None else kv_valid.to(q.device).contiguous(),
         plan.n_q, plan.n_k, plan.queries, heads, groups, _items(q, plan, entry), scale * math.log2(math.e),
     )  # fmt: skip
@@ -304,6 +304,12 @@ def matrix_arguments(first_order: Tensor | None, q: Tensor) -> tuple | None:
         whole, upper = upper, upper.bfloat16()
         lower = (whole - upper).bfloat16()
     return upper, lower, _strides(upper)[:2], q.shape[1] // upper.shape[1]
+
+
+def factor_arguments(plan: TilePlan, batch: int, heads: int) -> tuple | None:
+    if plan.row_scale is None:
+        return None
+    return tuple(x.expand(batch, heads, *x.shape[2:]).contiguous() for x in (plan.row_scale, plan.row_add))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse import triton as plain
+from ..block_sparse.order import repeat_heads
 from ..block_sparse.schedule import row_order
 from ..predicate import Predicate
 from ..tileplan import TilePlan
@@ -52,7 +53,7 @@ def attention(
                 num_stages=entry.stages,
             )
     if lse is not None and x.k_mean is not None:
-        means = x.k_mean.repeat_interleave(q.shape[1] // x.k_mean.shape[1], 1)
+        means = repeat_heads(x.k_mean, q.shape[1])
         lse += scale * (q.float() @ means.mT)[..., 0]
     return out.to(q.dtype), lse
 
@@ -98,7 +99,7 @@ def arguments(
         plain.gate_arguments(plan.gate if plan.partial is not None else None),
         tuple(plain.group_arguments(group, q.shape[1]) for group in plan.reps) or None,
         plain.matrix_arguments(plan.first_order, q),
-        None if plan.row_scale is None else (plan.row_scale.contiguous(), plan.row_add.contiguous()),
+        plain.factor_arguments(plan, len(q), q.shape[1]),
         plan.n_q, plan.n_k, q.shape[1], q.shape[1] // k.shape[1], scale * math.log2(math.e),
     )  # fmt: skip
 
@@ -132,7 +133,7 @@ def _delta(x: Operands, scale: float) -> tuple | None:
     """What smoothed queries add to the base-2 logits: float32 (B, H, blocks, Nk) and its strides."""
     if x.q_mean is None:
         return None
-    keys = x.k_smooth.repeat_interleave(x.q.shape[1] // x.k.shape[1], 1)
+    keys = repeat_heads(x.k_smooth, x.q.shape[1])
     table = (x.q_mean * (scale * math.log2(math.e))) @ keys.mT
     return table.contiguous(), table.stride()[:2]
 

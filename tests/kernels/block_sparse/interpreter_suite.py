@@ -362,6 +362,17 @@ def test_representatives_and_holes(name, permuted, monkeypatch):
         torch.testing.assert_close(log.double(), lse, atol=1e-5, rtol=1e-5)
 
 
+def test_row_factors_that_samples_and_heads_share():
+    import dit_accel
+
+    q, k, v, plan, _ = represented.case(represented.RAGGED, factors=True)
+    plan = replace(plan, row_scale=plan.row_scale[:1, :1], row_add=plan.row_add[:1], _memo={})
+    out, expected = (
+        dit_accel.attend(q, k, v, plan=plan, layout=plan.layout, backend=name) for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_first_order_term_of_16_bit_queries(dtype):
     """It outweighs all else here and its matrix is beyond float16. What is lost is the output's own rounding."""

@@ -97,11 +97,13 @@ def test_every_method_takes_every_format(name, compute, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sage2-int4", "int8-tile"])
-@pytest.mark.parametrize("features", ["everything", "first order"])
+@pytest.mark.parametrize("features", ["everything", "first order", "shared row factors"])
 def test_representatives(features, name):
-    settings = dict(represented.CASES[features])
+    settings = dict(represented.CASES["row factors" if features == "shared row factors" else features])
     order = torch.randperm(sum(settings["sizes"]), generator=torch.Generator().manual_seed(1))
     q, k, v, plan, _ = represented.case(**settings, order=order)
+    if features == "shared row factors":
+        plan = replace(plan, row_scale=plan.row_scale[:1, :1], row_add=plan.row_add[:1, :1], _memo={})
     run = [
         quantized_attention(q, k, v, lower(plan), RECIPES[name], scale=0.25, backend=tier)[0]
         for tier in ("triton", "reference")
