@@ -26,8 +26,9 @@ def set_attn_processor(target: Any, processor: Any) -> None:
     ``target``: a diffusers pipeline (all its denoisers), or one transformer. ``processor``: one of this library's
     processors replaces whatever ours was set before and leaves cross-attention stock; a stock processor, a dict
     of them, or ``"default"`` removes every trace of ours first, and ``"default"`` also what is no processor and was
-    put there past this library. Raises ``UsageError`` for what is no processor, ``UnsupportedError`` for a transformer
-    that is not known or a method that has no meaning on it; the target is then as it was.
+    put there past this library; a dict of ``model.attn_processors`` as they are under ours puts them back. Raises
+    ``UsageError`` for what is no processor, ``UnsupportedError`` for a transformer that is not known or a method that
+    has no meaning on it; the target is then as it was.
     """
     models = denoisers(target)
     stock.check(processor, models)
@@ -82,7 +83,7 @@ def denoisers(target: Any) -> list[nn.Module]:
             f"{type(target).__name__} has no transformer to accelerate; its models: {', '.join(modules) or 'none'}. "
             f"Known families: {', '.join(family.name for family in known_families())}"
         )
-    return found
+    return list(dict.fromkeys(found))  # one transformer may have two names
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -165,6 +166,11 @@ def _model_set_attn_processor(mixin: type) -> Callable:
                 f"diffusers gives {type(self).__name__} no set_attn_processor, so only this library's processors and "
                 f"'default' can be set on it; got {type(processor).__name__}"
             )
+        engine = engine_of(self)
+        if engine is not None and engine.is_in(processor):
+            # Upstream's perturbed-attention guidance reads all processors, replaces some and sets what it read.
+            theirs(dict(processor))
+            return
         _remove(self)
         theirs(stock.unwrapped(processor))
 

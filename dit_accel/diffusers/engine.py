@@ -128,6 +128,11 @@ class Engine:
         self._seat.remove()
         ops.ENGINES.pop(self.id, None)
 
+    def is_in(self, processors: Any) -> bool:
+        """Whether ``processors``, a dict by name, is one of ``attn_processors`` with all of this engine's."""
+        held = {id(one) for one in processors.values()} if isinstance(processors, dict) else ()
+        return all(id(ours) in held for _, ours in self._adopted)
+
     def reset_stats(self) -> None:
         """Start every counter afresh."""
         self.stats.reset()
@@ -151,6 +156,12 @@ class Engine:
         self._note_unknown_total(step)
         self.forward = Forward(layouts, step)
         self.stats.forwards += 1
+
+    def abandon(self) -> None:
+        """The forward under way ended in an error: nothing of it is used, so its flags tell nothing."""
+        if self.forward is not None and self.forward.checked:
+            self.forward.checked = False
+            self.watch.forget()
 
     def finish(self, again: Callable[[], Any]) -> Any:
         """The forward ended. Returns the output of its repeat, by ``again``, where the guard raised a flag, else None.
@@ -211,7 +222,9 @@ class Engine:
             if reason is not None:
                 out = self._dense(layer, call, reason)
             else:
-                out = self._sparse(layer, call, layout, live)
+                # Plans and kernels choose their own precisions, which autocast would change on the way.
+                with torch.autocast(call.query.device.type, enabled=False):
+                    out = self._sparse(layer, call, layout, live)
             # Only a call made whole is without the configuration: a stock dense one shares by itself.
             return share.part(out) if share and "parallel_config" not in call.extra else out
 

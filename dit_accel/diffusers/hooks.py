@@ -88,6 +88,9 @@ class Seat:
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine, and keep what a repeat would need: caches and argument dictionaries change on the way."""
+        if self._again is not None:  # the last forward ended in an error, and no hook was called
+            self._again = None
+            self.engine.abandon()
         self.engine.begin(*self.read(args, kwargs))
         restore = snapshot(model)
         kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}

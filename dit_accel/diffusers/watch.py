@@ -124,6 +124,10 @@ class Watch:
             self._flags.clear()
         return raised
 
+    def forget(self) -> None:
+        """Lower every flag unread. No host sync."""
+        self._flags.clear()
+
     def blame(
         self, layer: int, step: Step, kind: str | None, value: float | None = None, limit: float | None = None,
         what: str | None = None,

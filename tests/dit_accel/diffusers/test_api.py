@@ -46,6 +46,13 @@ def test_both_transformers_of_a_pipeline():
     assert engines(pipe) == []
 
 
+def test_one_transformer_under_two_names_is_one():
+    pipe = tiny_pipeline(two_transformers=True)
+    pipe.transformer_2 = pipe.transformer
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    assert len(describe(pipe).to_dict()["models"]) == 1
+
+
 def test_the_second_call_replaces_the_first(stock):
     pipe = tiny_pipeline()
     before = dict(pipe.transformer.attn_processors)
@@ -85,12 +92,37 @@ def test_a_stock_processor_removes_every_trace(how, stock):
     assert torch.equal(tiny_run(pipe), stock)
 
 
-def test_processors_read_while_accelerated_and_set_again_are_stock(stock):
+def test_processors_read_while_accelerated_and_set_again_stay(stock):
+    """As upstream's perturbed-attention guidance does around every call of its pipelines."""
+    pipe = tiny_pipeline()
+    model = pipe.transformer
+    before = dict(model.attn_processors)
+    pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    (engine,) = engines(pipe)
+    read = model.attn_processors
+    model.blocks[1].attn1.processor = before["blocks.1.attn1.processor"]
+    model.set_attn_processor(read)
+    assert engines(pipe) == [engine]
+    assert (tiny_run(pipe) - stock).abs().max() < 1e-5
+    assert all(layer.sparse for layer in engine.stats.layers)
+    pipe.reset_attn_processor()
+    assert all(model.attn_processors[name] is processor for name, processor in before.items())
+
+
+@pytest.mark.parametrize("when", ["some", "reset", "replaced"])
+def test_processors_of_an_engine_that_is_gone_or_some_of_them_are_stock(stock, when):
     pipe = tiny_pipeline()
     model = pipe.transformer
     before = dict(model.attn_processors)
     pipe.set_attn_processor(RandomBlocksProcessor(**SPARSE))
-    model.set_attn_processor(dict(model.attn_processors))
+    read = dict(model.attn_processors)
+    if when == "some":
+        read["blocks.1.attn1.processor"] = before["blocks.1.attn1.processor"]
+    elif when == "reset":
+        pipe.reset_attn_processor()
+    else:
+        pipe.set_attn_processor(RandomBlocksProcessor(**SPARSE))
+    model.set_attn_processor(read)
     assert engines(pipe) == []
     assert torch.equal(tiny_run(pipe), stock)
     pipe.set_attn_processor(AllBlocksProcessor(**SPARSE))

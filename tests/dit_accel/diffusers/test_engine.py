@@ -10,6 +10,7 @@ from dit_accel import (
     Guard,
     PisaProcessor,
     Processor,
+    QuantProcessor,
     RandomBlocksProcessor,
     Schedule,
     UnsupportedError,
@@ -87,6 +88,21 @@ def test_a_model_that_is_not_finite_by_itself_blames_no_layer(wan):
     model(**{**call, "hidden_states": call["hidden_states"] * torch.nan})
     stats = engines(model)[0].stats
     assert (stats.guard_events, stats.dense, stats.repeats) == ([], {}, 1)
+
+
+def test_a_forward_that_ended_in_an_error_blames_no_layer(wan, monkeypatch):
+    model, call, stock = wan
+    model.set_attn_processor(AllBlocksProcessor(**SPARSE))
+    poison(monkeypatch, {0}, times=1)
+    (engine,) = engines(model)
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**call)
+    hook.remove()
+    assert (model(**call).sample - stock).abs().max() < 1e-5
+    assert engine.stats.guard_events == []
+    assert (engine.stats.repeats, engine.stats.dense) == (0, {})
+    assert not [warning for warning in engine.stats.warnings if "guard" in warning]
 
 
 def test_a_new_run_trusts_the_layer_again(monkeypatch):
@@ -205,6 +221,22 @@ def test_gradient_checkpointing():
     model(**call).sample.sum().backward()
     assert model.blocks[0].attn1.to_q.weight.grad.isfinite().all()
     assert engines(model)[0].stats.sparse == 6
+
+
+@pytest.mark.parametrize("processor", [AllBlocksProcessor(**SPARSE), QuantProcessor("sage1")], ids=["all", "quant"])
+@pytest.mark.parametrize("family", ["wan", "hunyuan-video", "qwen-image"])
+def test_autocast(family, processor):
+    """Query and key come in float32 there, the value in bfloat16."""
+    model, call, _ = tiny_transformer(family)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = model(**call).sample
+        model.set_attn_processor(processor)
+        mine = model(**call).sample
+    assert mine.dtype == stock.dtype
+    assert (mine - stock).float().norm() < 0.05 * stock.float().norm()
+    (engine,) = engines(model)
+    assert all(layer.sparse for layer in engine.stats.layers)
+    assert (engine.stats.dense, engine.stats.repeats) == ({}, 0)
 
 
 def test_timing_covers_dense_and_sparse_attention():
