@@ -39,10 +39,11 @@ from .attention import measure
 from .command import output_file, positive
 from .environment import differences, environment
 from .fidelity import fidelity
+from .intervals import interval
 from .method_spec import PARAMETERS
 from .shapes.grade import grade
 from .shapes.job import paired
-from .shapes.suite import bootstrap, prompts
+from .shapes.suite import prompts
 from .speed import EMULATED
 from .tables import machine
 
@@ -214,7 +215,8 @@ def _timing(name: str, result: Result) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry per candidate: what its rows say. Medians of seconds; means with 95 % intervals of everything else."""
+    """One entry per candidate: what its rows say. Medians of seconds; means of everything else, with 95 % intervals
+    over prompts, or the values themselves where there are fewer than five."""
     dense = [row for row in document["rows"] if row["side"] == DENSE]
     baseline = _median(document["speed"], DENSE)
     entries = []
@@ -226,10 +228,11 @@ def table(document: dict[str, Any]) -> list[dict[str, Any]]:
             entry |= {"rel_l1": error["mean"].get("rel_l1"), "recall": error["mean"].get("recall")}
             entry["density"] = error["densities"]["mask"]
         if own:
-            entry["psnr"] = _interval([row["psnr"] for row in own])
+            texts = [row["prompt"] for row in own]
+            entry["psnr"] = interval([row["psnr"] for row in own], texts)
             entry["effective_density"] = float(np.mean([row["effective_density"] for row in own]))
             entry["density"] = float(np.mean([row["density"] for row in own])) if own[0].get("density") else None
-            entry["mean"] = _interval([_mean(row) for row in own])
+            entry["mean"] = interval([_mean(row) for row in own], texts)
             entry["difference"] = paired(dense, own).get("mean")
         seconds = _median(document["speed"], name)
         if seconds and baseline:
@@ -244,7 +247,7 @@ def table(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table for a README."""
+    """The table for a README, and what its brackets hold."""
     titles = (
         "candidate", "density", "effective", "attention error", "PSNR, dB", "suite mean", "against dense", "loop",
         "attention", "planning",
@@ -252,25 +255,33 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for entry in document["table"]:
         lines.append("| " + " | ".join(_cells(entry)) + " |")
-    return "\n".join(lines)
+    known = [entry["psnr"] for entry in document["table"] if "psnr" in entry]
+    told = {"95 % intervals over prompts" for one in known if "low" in one}
+    told |= {
+        "the least and the largest of too few prompts for an interval"
+        for one in known
+        if len(one.get("values", ())) > 1
+    }
+    return "\n".join(lines + ([f"\nIn brackets: {', else '.join(sorted(told))}."] if told else []))
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
     def number(value: Any, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    def interval(one: dict[str, float] | None, form: str) -> str:
+    def between(one: dict[str, Any] | None, form: str) -> str:
         if not one:
             return "–"
+        values = one.get("values") or [one["low"], one["high"]]
         # One video has no spread, which is not a spread of nothing.
-        spread = "" if one["low"] == one["high"] else f" ({one['low']:{form}} to {one['high']:{form}})"
-        return f"{one['mean']:{form}}{spread}"
+        ends = "" if len(values) < 2 else f" ({min(values):{form}} to {max(values):{form}})"
+        return f"{one['mean']:{form}}{ends}"
 
     gain = entry.get("speedup") or {}
     return [
         entry["candidate"], number(entry.get("density"), ".2f"), number(entry.get("effective_density"), ".2f"),
-        number(entry.get("rel_l1"), ".3f"), interval(entry.get("psnr"), ".1f"), interval(entry.get("mean"), ".2f"),
-        interval(entry.get("difference"), "+.2f"),
+        number(entry.get("rel_l1"), ".3f"), between(entry.get("psnr"), ".1f"), between(entry.get("mean"), ".2f"),
+        between(entry.get("difference"), "+.2f"),
         number(gain.get("loop"), ".2f"), number(gain.get("attention"), ".2f"),
         number(entry.get("planning_share"), ".0%"),
     ]  # fmt: skip
@@ -284,11 +295,6 @@ def _median(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 def _mean(row: dict[str, Any]) -> float:
     return float(np.mean([value for value in row["scores"].values() if value is not None]))
-
-
-def _interval(values: list[float]) -> dict[str, float]:
-    low, high = bootstrap(values)
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import UsageError
 from ..pipelines import sidecar
 from .fidelity import PSNR_VARIANT, fidelity, ssim_variant
 from .frames import IMAGES, VIDEOS, read_clip
+from .intervals import interval
 from .lpips import Lpips
-from .shapes.suite import bootstrap
-
-DRAWS = 10_000
-# Fewer clips than this get no interval: its ends would be two of the values.
-ENOUGH = 5
 
 
 @dataclass(frozen=True)
@@ -97,21 +91,16 @@ def compare_folders(
 
 
 def summarise(values: Sequence[float | None], rows: Sequence[dict[str, Any]], lowest: bool = True) -> dict[str, Any]:
-    """Mean with its 95 % bootstrap interval over clips, the worst clip, and how many there are.
+    """Mean with its 95 % bootstrap interval over prompts, the worst clip, and how many clips there are.
 
-    Below five clips the values stand alone, without an interval. ``lowest``: the worst value is the lowest.
+    Below five prompts the values stand alone, without an interval. ``lowest``: the worst value is the lowest.
     """
     pairs = [(v, row) for v, row in zip(values, rows, strict=True) if v is not None]
     if not pairs:
         return {"mean": None, "clips": 0}
-    known = [v for v, _ in pairs]
     value, row = (min if lowest else max)(pairs, key=lambda pair: pair[0])
-    result: dict[str, Any] = {
-        "mean": float(np.mean(known)),
-        "clips": len(known),
+    return {
+        **interval([v for v, _ in pairs], [row["prompt"] for _, row in pairs]),
+        "clips": len(pairs),
         "worst": {"value": value, "prompt": row["prompt"], "seed": row["seed"]},
     }
-    if len(known) < ENOUGH:
-        return result | {"values": known}
-    low, high = bootstrap(known, draws=DRAWS)
-    return result | {"low": low, "high": high}

@@ -41,10 +41,9 @@ from ..processors import Processor
 from ..schedule import Schedule
 from .command import output_file, positive
 from .fidelity import fidelity
-from .shapes.suite import bootstrap
+from .intervals import bootstrap
 
 SIDES = ("reordered", "unordered")
-DRAWS = 10_000
 Plans = dict[tuple[float, str], Paro]
 
 
@@ -202,7 +201,7 @@ def _plan_summary(method: Paro) -> dict[str, Any]:
 
 
 def _interval(values: list[float]) -> dict[str, Any]:
-    low, high = bootstrap(values, draws=DRAWS)
+    low, high = bootstrap(values)
     return {"mean": float(np.mean(values)), "low": low, "high": high, "values": values}
 
 

@@ -92,8 +92,8 @@ def compare_folders(
 ) -> dict[str, Any]:  # fmt: skip
     """Proxies of every clip of ``fast`` beside its dense partner, and their differences, as plain JSON values.
 
-    ``summary``: per proxy the mean difference with its 95 % bootstrap interval over clips. Raises ``UsageError`` where
-    nothing pairs.
+    ``summary``: per proxy the mean difference with its 95 % bootstrap interval over prompts. Raises ``UsageError``
+    where nothing pairs.
     """
     left, right = outputs(dense, dense_frames), outputs(fast, fast_frames)
     keys = [key for key in right if key in left]

@@ -24,7 +24,7 @@ from ..pipelines.outputs import read_json, write_json
 from ..pipelines.prompts import Prompt, read_prompts
 from ..pipelines.streaming.job import Clip, StreamJob, StreamPlan, plan_stream, run_stream
 from .command import output_file, positive
-from .shapes.suite import bootstrap
+from .intervals import ENOUGH, interval
 from .streaming import StreamJudge
 
 MEASURES = ("drift", "dynamic", "persistence", "persistence_late", "colour")
@@ -68,7 +68,7 @@ def measure(
 
 def compare(rows: Sequence[dict[str, Any]], base: str = BASE) -> dict[str, dict[str, Any]]:
     """Per policy and measure: the mean, and the mean difference to ``base`` over the same prompts and seeds with its
-    95 % bootstrap interval (None for ``base`` itself, or where fewer than five pairs are known)."""
+    95 % bootstrap interval over prompts (None for ``base`` itself, or where fewer than five prompts are known)."""
     by_policy: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in rows:
         by_policy.setdefault(row["policy"], {})[row["prompt"], row["seed"]] = row
@@ -78,12 +78,11 @@ def compare(rows: Sequence[dict[str, Any]], base: str = BASE) -> dict[str, dict[
         for name in MEASURES:
             known = [row[name] for row in clips.values() if row[name] is not None]
             partners = by_policy.get(base, {}) if policy != base else {}
-            pairs = [(row[name], partners[key][name]) for key, row in clips.items() if key in partners]
-            change = [a - b for a, b in pairs if a is not None and b is not None]
+            pairs = [(key[0], row[name], partners[key][name]) for key, row in clips.items() if key in partners]
+            change = [(prompt, a - b) for prompt, a, b in pairs if a is not None and b is not None]
             entry: dict[str, Any] = {"mean": float(np.mean(known)) if known else None, "clips": len(known)}
-            if len(change) >= 5:
-                low, high = bootstrap(change)
-                entry["change"] = {"mean": float(np.mean(change)), "low": low, "high": high}
+            if len({prompt for prompt, _ in change}) >= ENOUGH:
+                entry["change"] = interval([value for _, value in change], [prompt for prompt, _ in change])
             found[policy][name] = entry
     return found
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import attention
+from . import attention, record
 
 HELP = "render the bundled suite of shapes and grade every video exactly"
 DESCRIPTION = (
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         out=Path(args.out) if args.out else None,
         sheet=Path(args.sheet) if args.sheet else None,
         tell=lambda row: console.say(_line(row)),
+        command_line=record.command_line(),
     )
     for side, summary in result["summary"].items():
         console.say(f"\n{side}")

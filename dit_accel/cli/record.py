@@ -13,15 +13,19 @@ from typing import Any
 from .console import SCHEMA
 
 
+def command_line() -> str:
+    """The command that runs, to be typed again."""
+    return shlex.join(["dit-accel", *sys.argv[1:]])
+
+
 def record(kind: str, data: dict[str, Any]) -> dict[str, Any]:
     """``data`` with all that is needed to make and to judge it again."""
     from ..eval.environment import cpu, gpus, versions
 
-    words = ["dit-accel", *sys.argv[1:]]
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "command_line": shlex.join(words),
+        "command_line": command_line(),
         "environment": {"versions": versions(), "cpu": cpu(), "gpus": gpus()},
         **data,
     }

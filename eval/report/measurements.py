@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..intervals import spread
 from ..speed import conditions
 from . import charts
 from .html import Markup, join, table, tag
@@ -73,9 +74,10 @@ def _fidelity(source: Source) -> Markup:
     for name, one in data["summary"].items():
         if not one["clips"]:
             continue
-        interval = f"{one['low']:.4f} to {one['high']:.4f}" if "low" in one else "too few clips"
         worst = one["worst"]
-        summary.append([name, f"{one['mean']:.4f}", interval, one["clips"], f"{worst['value']:.4f}", worst["prompt"]])
+        summary.append(
+            [name, f"{one['mean']:.4f}", spread(one, ".4f"), one["clips"], f"{worst['value']:.4f}", worst["prompt"]]
+        )
     curves = {f"{row['prompt'][:40]} s{row['seed']}": row["psnr_frames"] for row in data["rows"][:6]}
     conventions = "; ".join(f"{name}: {text}" for name, text in data["conventions"].items())
     marks = (
@@ -102,12 +104,12 @@ def _shapes(source: Source) -> Markup:
         parts.append(tag("div", tag("h3", "paired by prompt and seed"), table(head, rows)))
         if "psnr" in data["paired"]:
             one = data["paired"]["psnr"]
-            parts.append(tag("p", f"PSNR {one['mean']:.2f} dB ({one['low']:.2f} to {one['high']:.2f})"))
+            parts.append(tag("p", f"PSNR {one['mean']:.2f} dB ({spread(one, '.2f')})"))
     return tag("div", parts, class_="row")
 
 
 def _interval(name: str, row: dict[str, Any], sign: str = "") -> list[Any]:
-    return [name, f"{row['mean']:{sign}.3f}", f"{row['low']:{sign}.3f} to {row['high']:{sign}.3f}", row["videos"]]
+    return [name, f"{row['mean']:{sign}.3f}", spread(row, f"{sign}.3f"), row["videos"]]
 
 
 def _speed(source: Source) -> Markup:
@@ -151,8 +153,7 @@ def _proxies(source: Source) -> Markup:
     rows = []
     for name, one in data["summary"].items():
         if one["clips"]:
-            interval = f"{one['low']:+.4f} to {one['high']:+.4f}" if "low" in one else "too few clips"
-            rows.append([name, f"{one['mean']:+.4f}", interval, one["clips"], data["meaning"][name]])
+            rows.append([name, f"{one['mean']:+.4f}", spread(one, "+.4f"), one["clips"], data["meaning"][name]])
     wrong = [tag("p", f"{row['prompt']}: {text}", class_="warn") for row in data["rows"] for text in row["sanity"]]
     head = ("proxy", "accelerated minus dense", "95 % interval", "clips", "meaning")
     return tag("div", tag("p", f"{data['note']}.", class_="faint"), table(head, rows), wrong, class_="apart")

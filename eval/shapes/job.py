@@ -19,8 +19,9 @@ from ...pipelines.outputs import read_json, write_json
 from ...pipelines.prompts import Prompt
 from ..environment import environment
 from ..fidelity import fidelity
+from ..intervals import interval
 from .grade import DIMENSIONS, grade
-from .suite import Suite, bootstrap, summarize
+from .suite import Suite, summarize
 
 SCHEMA = 1
 DENSE = "dense"
@@ -33,13 +34,15 @@ def evaluate(
     out: Path | None = None,
     sheet: Path | None = None,
     tell: Callable[[dict[str, Any]], None] = lambda row: None,
+    command_line: str | None = None,
 ) -> dict[str, Any]:
     """Grade ``suite`` rendered as ``job`` says (model, method, steps; its prompts and seed are the suite's).
 
     ``out``: JSON written after every video and continued from. ``sheet``: PNG with nine frames of every video
-    rendered now. ``tell`` hears every row. Returns ``rows``, one per prompt, seed and side, with ``scores`` by
-    dimension and, for the accelerated side of a pair, ``psnr``; ``summary`` per side; ``density_missed`` where rows
-    had another density than was asked for; with ``compare`` also ``paired``, accelerated minus dense per dimension.
+    rendered now. ``tell`` hears every row. ``command_line``: what the document says made it. Returns ``rows``, one per
+    prompt, seed and side, with ``scores`` by dimension and, for the accelerated side of a pair, ``psnr``; ``summary``
+    per side; ``density_missed`` where rows had another density than was asked for; with ``compare`` also ``paired``,
+    accelerated minus dense per dimension.
     Raises ``UsageError`` when ``out`` holds rows of another run.
     """
     info = inspect_model(job.model)
@@ -65,19 +68,26 @@ def evaluate(
             strips.append(video[:: max(len(video) // 8, 1)][:9])
             tell(row)
         if out is not None:
-            write_json(out, document(suite, settings, rows, shot.choice))
+            write_json(out, document(suite, settings, rows, shot.choice, command_line))
     if sheet is not None and strips:
         from ...pipelines.mini.sheets import save_rows
 
         save_rows(strips, sheet)
-    return document(suite, settings, rows, shots[0].choice)
+    return document(suite, settings, rows, shots[0].choice, command_line)
 
 
-def document(suite: Suite, settings: dict[str, Any], rows: list[dict[str, Any]], choice: Choice) -> dict[str, Any]:
+def document(
+    suite: Suite,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    choice: Choice,
+    command_line: str | None = None,
+) -> dict[str, Any]:
     """The result as plain JSON values."""
     sides = {side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(r["side"] for r in rows)}
     result: dict[str, Any] = {
         "schema": SCHEMA,
+        **({"command_line": command_line} if command_line else {}),
         "settings": settings,
         "environment": environment(),
         "seeds": list(suite.seeds),
@@ -96,25 +106,27 @@ def document(suite: Suite, settings: dict[str, Any], rows: list[dict[str, Any]],
 def paired(
     dense: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], dimensions: Sequence[str] = DIMENSIONS
 ) -> dict[str, Any]:
-    """Accelerated minus dense, per dimension and over all, paired by prompt and seed: mean, 95 % interval, videos."""
+    """Accelerated minus dense, per dimension and over all, paired by prompt and seed: mean, 95 % interval over
+    prompts (the values themselves where there are fewer than five), videos."""
     by_key = {(row["prompt"], row["seed"]): row["scores"] for row in dense}
-    pairs = [(by_key[key], row["scores"]) for row in fast if (key := (row["prompt"], row["seed"])) in by_key]
+    keyed = [(key, row["scores"]) for row in fast if (key := (row["prompt"], row["seed"])) in by_key]
+    pairs = [(key[0], by_key[key], scores) for key, scores in keyed]
     result = {}
     for name in dimensions:
-        deltas = [b[name] - a[name] for a, b in pairs if a.get(name) is not None and b.get(name) is not None]
-        if deltas:
-            result[name] = _interval(deltas)
+        known = [one for one in pairs if one[1].get(name) is not None and one[2].get(name) is not None]
+        if known:
+            result[name] = _interval([(prompt, b[name] - a[name]) for prompt, a, b in known])
     if pairs:
-        result["mean"] = _interval([_mean(b) - _mean(a) for a, b in pairs])
-    decibels = [row["psnr"] for row in fast if "psnr" in row]
+        result["mean"] = _interval([(prompt, _mean(b) - _mean(a)) for prompt, a, b in pairs])
+    decibels = [(row["prompt"], row["psnr"]) for row in fast if "psnr" in row]
     if decibels:
         result["psnr"] = _interval(decibels)
     return result
 
 
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    low, high = bootstrap(values)
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "videos": len(values)}
+def _interval(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    prompts, values = zip(*pairs, strict=True)
+    return {**interval(values, prompts), "videos": len(values)}
 
 
 def _mean(scores: dict[str, float | None]) -> float:

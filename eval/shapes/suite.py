@@ -13,6 +13,7 @@ import numpy as np
 from dit_accel.errors import UsageError
 from dit_accel.pipelines.prompts import Prompt, read_prompts
 
+from ..intervals import interval, spread
 from .grade import DIMENSIONS, PASS
 
 
@@ -46,32 +47,23 @@ def prompts(name: str = "shapes-120") -> list[str]:
     return [prompt.text for prompt in found]
 
 
-def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean of ``values`` at ``level``."""
-    data = np.asarray(values, float)
-    rng = np.random.default_rng(seed)
-    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
-    low, high = np.percentile(means, [50 * (1 - level), 100 - 50 * (1 - level)])
-    return float(low), float(high)
-
-
 def summarize(rows: Sequence[dict[str, Any]], dimensions: Sequence[str] = DIMENSIONS) -> dict[str, Any]:
-    """Means, 95 % intervals and pass rates per dimension over graded ``rows``, and the mean over dimensions."""
+    """Means, 95 % intervals over prompts and pass rates per dimension of graded ``rows``, and the mean over dimensions.
+
+    Fewer than five prompts have their values in place of an interval.
+    """
     result: dict[str, Any] = {"dimensions": {}, "videos": len(rows)}
     for name in dimensions:
-        values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+        known = [row for row in rows if row["scores"].get(name) is not None]
+        values = [row["scores"][name] for row in known]
         if values:
-            low, high = bootstrap(values)
             result["dimensions"][name] = {
-                "mean": float(np.mean(values)),
-                "low": low,
-                "high": high,
+                **interval(values, [row["prompt"] for row in known]),
                 "passed": float(np.mean(np.array(values) >= PASS)),
                 "videos": len(values),
             }
     per_video = [np.mean([v for v in row["scores"].values() if v is not None]) for row in rows]
-    result["mean"] = float(np.mean(per_video)) if rows else 0.0
-    result["low"], result["high"] = bootstrap(per_video) if rows else (0.0, 0.0)
+    result |= interval(per_video, [row["prompt"] for row in rows]) if rows else {"mean": 0.0, "values": []}
     both = [row for row in rows if {"color", "motion"} <= row["scores"].keys()]
     result["color_and_motion"] = sum(min(row["scores"]["color"], row["scores"]["motion"]) >= PASS for row in both)
     return result
@@ -81,10 +73,8 @@ def table(summary: dict[str, Any]) -> str:
     """``summary`` as a Markdown table."""
     lines = ["| dimension | mean | 95 % interval | passed | videos |", "|---|---|---|---|---|"]
     for name, row in summary["dimensions"].items():
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(f"| {name} | {row['mean']:.3f} | {interval} | {row['passed']:.0%} | {row['videos']} |")
-    interval = f"{summary['low']:.3f} to {summary['high']:.3f}"
-    lines.append(f"| mean | {summary['mean']:.3f} | {interval} | | {summary['videos']} |")
+        lines.append(f"| {name} | {row['mean']:.3f} | {spread(row)} | {row['passed']:.0%} | {row['videos']} |")
+    lines.append(f"| mean | {summary['mean']:.3f} | {spread(summary)} | | {summary['videos']} |")
     return "\n".join(lines)
 
 
@@ -94,8 +84,8 @@ def difference_table(paired: dict[str, Any]) -> str:
     for name, row in paired.items():
         if name == "psnr":
             continue
-        lines.append(f"| {name} | {row['mean']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['videos']} |")
+        lines.append(f"| {name} | {row['mean']:+.3f} | {spread(row, '+.3f')} | {row['videos']} |")
     if "psnr" in paired:
         row = paired["psnr"]
-        lines.append(f"| PSNR, dB | {row['mean']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['videos']} |")
+        lines.append(f"| PSNR, dB | {row['mean']:.2f} | {spread(row, '.2f')} | {row['videos']} |")
     return "\n".join(lines)

@@ -175,6 +175,22 @@ def test_the_table_as_markdown(document):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_three_prompts_have_a_range_and_six_an_interval():
+    def made(prompts):
+        rows = [
+            {"prompt": str(i), "seed": 0, "side": side, "scores": {"color": i / 10}, "psnr": 20.0 + i, "density": 0.5,
+             "effective_density": 0.5}
+            for i in range(prompts) for side in ("dense", "one")
+        ]  # fmt: skip
+        document = {"rows": rows, "speed": [], "error": {}, "candidates": {"one": None}}
+        return markdown({"table": module.table(document)})
+
+    assert "| 21.0 (20.0 to 22.0) |" in made(3)
+    assert "In brackets: the least and the largest of too few prompts for an interval." in made(3)
+    assert "(20.0 to 25.0)" not in made(6)
+    assert "In brackets: 95 % intervals over prompts." in made(6)
+
+
 def test_memory_of_a_call():
     size = memory.Size(grid=(4, 12, 20), heads=2, dim=64)
     found = memory.measure("pisa, no reorder", size)

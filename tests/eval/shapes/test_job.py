@@ -46,12 +46,13 @@ def test_it_grades_writes_and_continues(tmp_path, calls):
     out = tmp_path / "rows.json"
     dense = job(method="dense")
     module.evaluate(Suite(TEXTS[:2], dimensions=DIMENSIONS), dense, out=out)
-    result = module.evaluate(Suite(TEXTS, dimensions=DIMENSIONS), dense, out=out)
+    result = module.evaluate(Suite(TEXTS, dimensions=DIMENSIONS), dense, out=out, command_line="dit-accel eval shapes")
     assert [prompt for prompt, _, _ in calls] == list(TEXTS)
     summary = result["summary"]["dense"]
     assert summary["color_and_motion"] == 3
     assert json.loads(out.read_text())["summary"]["dense"] == summary
-    assert "| color | 1.000 | 1.000 to 1.000 | 100% | 3 |" in table(summary)
+    assert json.loads(out.read_text())["command_line"] == "dit-accel eval shapes"
+    assert "| color | 1.000 | no interval: 1.000, 1.000, 1.000 | 100% | 3 |" in table(summary)
 
 
 def test_pairs_share_prompt_and_seed(calls):

@@ -1,7 +1,7 @@
 import pytest
 
 from dit_accel.errors import UsageError
-from dit_accel.eval.shapes.suite import bootstrap, difference_table, prompts, summarize
+from dit_accel.eval.shapes.suite import difference_table, prompts, summarize, table
 from dit_accel.pipelines.mini.captions import parse
 
 
@@ -40,18 +40,15 @@ def test_a_file_that_will_not_do_is_refused(content, told, tmp_path):
         prompts(str(path))
 
 
-def test_interval_holds_the_mean_and_is_repeatable():
-    values = [0.0, 1.0] * 20
-    low, high = bootstrap(values)
-    assert low < 0.5 < high
-    assert (low, high) == bootstrap(values)
-
-
 def test_unstated_dimensions_are_left_out():
-    rows = [{"scores": {"color": 1.0, "relation": None}}, {"scores": {"color": 0.0, "relation": 0.5}}]
+    rows = [
+        {"prompt": "a", "scores": {"color": 1.0, "relation": None}},
+        {"prompt": "b", "scores": {"color": 0.0, "relation": 0.5}},
+    ]
     summary = summarize(rows, ("color", "relation"))
     assert summary["dimensions"]["relation"]["videos"] == 1
     assert summary["dimensions"]["color"]["mean"] == 0.5
+    assert table(summary).splitlines()[2] == "| color | 0.500 | no interval: 1.000, 0.000 | 50% | 2 |"
 
 
 def test_differences_read_as_signed_numbers():
