@@ -124,7 +124,10 @@ def _commands(found: Gathered) -> Markup:
     told = []
     for source in found.sources:
         if source.kind == RENDER:
-            told.append(render_command(source.data["settings"], bool(source.data.get("compare"))))
+            compare = source.data.get("compare") or {}
+            runs = len(compare.get("loop_runs", {}).get("accelerated", ()))
+            compiled = any(compare.get("compiled", {}).values())
+            told.append(render_command(source.data["settings"], bool(compare), repeats=runs, compiled=compiled))
         elif source.data.get("command_line"):
             told.append(source.data["command_line"])
     return join([tag("h2", "Commands"), tag("pre", "\n".join(dict.fromkeys(told)) or "not recorded")])

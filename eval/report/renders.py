@@ -103,8 +103,9 @@ def _details(source: Source, label: str) -> Markup:
         *_by_step(layers, "density", "Density by layer and step, dense calls included", (0.0, 1.0)),
         *_by_step(layers, "drift", "Drift by layer and step: error against exact attention on sampled rows"),
     ]
-    facts = [data["device"]["name"], *_speed(data.get("compare")), *_guard(data["attention"])]
-    warnings = [*data["attention"].get("warnings", []), *data.get("notes", [])]
+    attention = data["attention"]
+    facts = [data["device"]["name"], *_speed(data.get("compare")), *_calls(attention), *_guard(attention)]
+    warnings = [*attention.get("warnings", []), *data.get("notes", [])]
     return join([tag("h4", label), tag("p", "; ".join(facts), class_="faint"),
                  [tag("p", text, class_="warn") for text in warnings], tag("div", figures, class_="row")])  # fmt: skip
 
@@ -136,6 +137,14 @@ def _speed(compare: dict[str, Any] | None) -> list[str]:
     warm = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in compare.get("warmup_seconds", {}).items())
     told += [f"warm-up apart: {warm}"] if warm else []
     return told + conditions(compare)
+
+
+def _calls(attention: dict[str, Any]) -> list[str]:
+    """How many attention calls were accelerated, and how many ran dense for what reason."""
+    if not attention.get("sparse_calls"):
+        return []
+    dense = ", ".join(f"{number} {reason}" for reason, number in attention.get("dense_calls", {}).items())
+    return [f"{attention['sparse_calls']} attention calls accelerated", f"dense: {dense or 'none'}"]
 
 
 def _guard(attention: dict[str, Any]) -> list[str]:

@@ -117,9 +117,16 @@ def _relative(path: Path, page: Path) -> str:
     return quote(os.path.relpath(path.resolve(), page.resolve().parent).replace(os.sep, "/"))
 
 
-def render_command(settings: dict[str, Any], compare: bool) -> str:
-    """A command that renders the same again; its prompt file holds the one prompt."""
+def render_command(settings: dict[str, Any], compare: bool, *, repeats: int = 1, compiled: bool = False) -> str:
+    """A command that renders the same again; its prompt file holds the one prompt.
+
+    An image is named by the digest that the record holds of it. ``repeats``: timed runs per side of a comparison.
+    """
     prompt = {"prompt": settings["prompt"], "seed": settings["seed"]}
+    if settings.get("negative_prompt") is not None:
+        prompt["negative"] = settings["negative_prompt"]
+    if settings.get("image"):
+        prompt["image"] = f"{settings['image']}.png"
     words = ["dit-accel", "render", "prompt.jsonl"]
     if settings.get("model") not in (None, "bundled"):
         words += ["--model", str(settings["model"])]
@@ -128,8 +135,22 @@ def render_command(settings: dict[str, Any], compare: bool) -> str:
     words += ["--frames", str(settings["frames"]), "--steps", str(settings["steps"])]
     if settings.get("guidance_scale") is not None:
         words += ["--guidance", str(settings["guidance_scale"])]
-    words += _attention(settings.get("attention")) + (["--compare"] if compare else [])
+    words += _attention(settings.get("attention")) + _loading(settings) + (["--compile"] if compiled else [])
+    if compare:
+        words += ["--compare"] + (["--repeats", str(repeats)] if repeats > 1 else [])
     return f"echo {shlex.quote(json.dumps(prompt, ensure_ascii=False))} > prompt.jsonl && {shlex.join(words)}"
+
+
+def _loading(settings: dict[str, Any]) -> list[str]:
+    """Flags of how the model was loaded and its file written, as far as they show in the pixels or the file."""
+    words = ["--dtype", settings["dtype"]] if settings.get("dtype") else []
+    words += [word for text, _ in settings.get("lora", []) for word in ("--lora", text)]
+    for name in ("cache", "quantize"):
+        words += [f"--{name}", settings[name]] if settings.get(name) else []
+    words += ["--vae-tiling"] if settings.get("vae_tiling") else []
+    if settings["frames"] > 1 and settings.get("fps"):
+        words += ["--fps", str(settings["fps"])]
+    return words + (["--gif"] if settings.get("gif") else [])
 
 
 def _attention(attention: dict[str, Any] | None) -> list[str]:

@@ -15,7 +15,7 @@ from dit_accel.cli import main
 from dit_accel.cli.attention import chosen
 from dit_accel.cli.parser import parse
 from dit_accel.errors import UsageError
-from dit_accel.eval.report import report
+from dit_accel.eval.report import renders, report
 from dit_accel.eval.report.sources import gather, render_command
 from dit_accel.eval.report.style import SCRIPT
 from dit_accel.pipelines.acceleration import choose
@@ -173,6 +173,30 @@ def test_commands_render_the_same_again(runs):
         again = choose(chosen(args), info, layout=None, frames=args.frames, steps=args.steps)
         assert json.loads(json.dumps(again.processor.to_dict())) == settings["attention"]
         assert (args.size, args.frames, args.steps, args.compare) == ("32x48", 9, 2, name == "a")
+
+
+def test_what_ran_dense_is_told_with_its_reason(runs, written):
+    _, data = record(runs)
+    attention = data["attention"]
+    assert f"{attention['sparse_calls']} attention calls accelerated; dense: none" in written[1]
+    attention["dense_calls"] = {"schedule": 6, "no-history": 2}
+    told = renders._calls(attention)
+    assert told[1] == "dense: 6 schedule, 2 no-history"
+
+
+def test_the_command_holds_all_that_shows_in_the_pixels(runs):
+    settings = record(runs)[1]["settings"] | {
+        "negative_prompt": "a blur", "image": "0123abcd", "dtype": "bfloat16", "fps": 24, "cache": "firstblock=0.1",
+        "vae_tiling": True, "lora": [["me/lora=0.8", None], ["me/other", None]], "gif": True,
+    }  # fmt: skip
+    prompt, _, command = render_command(settings, True, repeats=3, compiled=True).partition(" > prompt.jsonl && ")
+    assert json.loads(shlex.split(prompt)[1]) == {
+        "prompt": EVIL, "seed": 7, "negative": "a blur", "image": "0123abcd.png",
+    }  # fmt: skip
+    args = parse(shlex.split(command)[1:])
+    assert (args.dtype, args.fps, args.cache, args.vae_tiling, args.gif) == ("bfloat16", 24, "firstblock=0.1", 1, 1)
+    assert args.lora == ["me/lora=0.8", "me/other"]
+    assert (args.compare, args.repeats, args.compile) == (True, 3, True)
 
 
 def test_quantised_products_are_part_of_the_command():
