@@ -109,6 +109,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_valid: Tensor | None = Non
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.numel():
+            raise ValueError(f"{name} holds nothing: shape {tuple(x.shape)}; every dimension is 1 or more")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
     if q.dtype not in DTYPES:

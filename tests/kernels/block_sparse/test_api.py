@@ -61,3 +61,11 @@ def test_put_inverts_take(per_head):
         assert torch.equal(put(take(x, order), order), x)
     row = order[2] if per_head else order
     assert torch.equal(take(Q, order)[:, 2], Q[:, 2][:, row])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 16, 8), (1, 2, 16, 0)], ids=["no sample", "no head dim"])
+def test_tensors_that_hold_nothing_are_refused(shape):
+    plan = TilePlan(16, 16, 16, 16, BlockList.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool)))
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"q holds nothing: shape \("):
+        block_sparse_attention(x, x, x, plan, scale=1.0)
