@@ -58,7 +58,8 @@ def player(sources: list[Source], shelf: Shelf, labels: Mapping[Path, str]) -> M
 
 
 def _add(source: Source, shelf: Shelf, media: list[Media], panels: list[Panel], name: str) -> None:
-    files = [source.path.with_name(file) for file in source.data.get("files", [])]
+    # Folders of frames are named by their path, clips by their name beside the record.
+    files = [source.path.parent / file for file in source.data.get("files", []) if Path(file).name == file]
     both = next((file for file in files if "-dense-vs-" in file.name), None)
     taken = shelf.take(both or files[0]) if files else None
     if taken is None:

@@ -62,7 +62,8 @@ def runs(tiny_wan, tmp_path_factory):
     prompts.write_text(json.dumps({"prompt": EVIL, "seed": 7}) + "\n")
     small = ["--model", tiny_wan, "--size", "32x48", "--frames", "9", "--steps", "2", "--backend", "gather"]
     method = ["--method", "random-blocks", "--param", "block_size=4", "--dense-steps", "0"]
-    assert main([str(w) for w in ("render", prompts, *small, *method, "--compare", "-o", folder / "a", "--quiet")]) == 0
+    assert main([str(w) for w in ("render", prompts, *small, *method, "--compare", "-o", folder / "a", "--quiet",
+                                  "--frames-dir", folder / "frames")]) == 0  # fmt: skip
     assert main([str(w) for w in ("render", prompts, *small, "--method", "radial", "--param", "block_size=4",
                                   "-o", folder / "b", "--quiet")]) == 0  # fmt: skip
     assert main([str(w) for w in ("eval", "attention", "--method", "random-blocks:block_size=4", *small,
