@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +99,7 @@ class Engine:
         self._model = weakref.ref(model)
         self.watch = Watch(processor.guard, self.stats, self.warn)
         self._layouts: set[Layout] = set()
-        self._read: deque[tuple[tuple[Any, ...], tuple[Layout, ...]]] = deque(maxlen=4)  # guidance branches alternate
+        self._read = Seen()
         self._masks = Seen()
         self._sites = [module for _, module in sites]
         self._adopted: list[tuple[nn.Module, Any]] = []
@@ -234,16 +233,16 @@ class Engine:
 
     def _layouts_of(self, model: nn.Module, read: tuple[Any, ...]) -> tuple[Layout, ...]:
         """The family's layouts, each checked once against the method."""
-        for before, layouts in self._read:
-            if all(a is b for a, b in zip(before, read, strict=True)):
-                return layouts
+        if not self.family.by_value:
+            return self._derived(model, read)
+        return self._read.read(read, lambda: self._derived(model, read))
+
+    def _derived(self, model: nn.Module, read: tuple[Any, ...]) -> tuple[Layout, ...]:
         layouts, method = self.family.layouts(model.config, read), self.processor.method
         for layout in layouts:
             if method is not None and layout not in self._layouts:
                 method.check(layout)
                 self._layouts.add(layout)
-        if self.family.by_value:
-            self._read.append((read, layouts))
         return layouts
 
     def warn(self, message: str) -> None:

@@ -4,7 +4,9 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import pytest
 import torch
+from tiny_families import tiny
 
 from dit_accel import AllBlocksProcessor, Layout, Schedule
 from dit_accel.diffusers import engine as engine_module
@@ -75,3 +77,36 @@ def test_a_mask_that_comes_again_is_read_once_and_one_that_changed_again(monkeyp
     mask[..., 7] = True
     assert live() == [8]
     assert len(reads) == 2
+
+
+def test_sequences_are_known_by_all_that_they_hold():
+    seen, reads, x, y = Seen(), [], torch.ones(1), torch.zeros(1)
+
+    def asked(*parts):
+        before = len(reads)
+        seen.read(parts, reader(x, reads))
+        return len(reads) > before
+
+    assert asked(x, [y, 1], None)
+    assert not asked(x, (y, 1), None)
+    assert [asked(x, [y, 2], None), asked(x, y, 1, None), asked(y, [x, 1], None), asked(x, [y, 1])] == [True] * 4
+    y += 1
+    assert asked(x, [y, 1])
+    assert [asked(x, object())] * 2 == [True] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+def test_position_ids_that_change_in_place_give_another_layout(inference):
+    case = tiny("flux")
+    case.model.set_attn_processor(AllBlocksProcessor(schedule=Schedule.none()))
+    (engine,) = engines(case.model)
+    with torch.inference_mode(inference):
+        ids = case.call["img_ids"].clone()
+        case.model(**{**case.call, "img_ids": ids})
+        _, *before = engine.forward.layout.grid
+        ids[:, 1:] = torch.cartesian_prod(*(torch.arange(float(n)) for n in reversed(before)))
+        case.model(**{**case.call, "img_ids": ids})
+    _, *after = engine.forward.layout.grid
+    assert before != after
+    assert after == before[::-1]
