@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .arguments import check_inputs, check_settings
+from .autocast import cast_as_whole
 from .errors import UnsupportedError, UsageError
 from .kernels.block_sparse import block_sparse_attention
 from .kernels.block_sparse.api import choose
@@ -31,6 +32,7 @@ WHOLE = AllBlocks(block_size=128)
 BACKWARD = ("gather", "reference")
 
 
+@cast_as_whole
 def attend(
     q: Tensor,
     k: Tensor,
@@ -59,6 +61,8 @@ def attend(
     searches afresh. ``backend``: ``"reference"``, ``"gather"``, ``"flash"``, ``"flex"``, ``"triton"`` or ``"auto"``.
     ``quant``: a :class:`~dit_accel.Quant`, a preset's name or ``"auto"``, with any method or none; forward only.
     Where an input wants a gradient, ``"auto"`` takes a tier that has a backward: gather, or the reference.
+
+    Under autocast the inputs are cast as ``scaled_dot_product_attention`` casts them.
 
     Returns out (B, H, Nq, D) in q's dtype, with ``return_lse`` also the natural-log LSE (B, H, Nq).
     Raises ``UsageError`` for tensors that do not fit one another or the layout and for ``method`` beside ``plan``,
@@ -98,6 +102,7 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+@cast_as_whole
 def plan(
     q: Tensor | None,
     k: Tensor | None,

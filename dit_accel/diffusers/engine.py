@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import no_autocast
 from ..errors import UnsupportedError
 from ..functional import BACKWARD, WHOLE, attend, make_plan, served, wants_gradient, with_backward
 from ..layout import Layout
@@ -221,8 +222,7 @@ class Engine:
             if reason is not None:
                 out = self._dense(layer, call, reason)
             else:
-                # Plans and kernels choose their own precisions, which autocast would change on the way.
-                with torch.autocast(call.query.device.type, enabled=False):
+                with no_autocast(call.query.device.type):
                     out = self._sparse(layer, call, layout, live)
             # Only a call made whole is without the configuration: a stock dense one shares by itself.
             return share.part(out) if share and "parallel_config" not in call.extra else out

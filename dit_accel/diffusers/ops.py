@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..autocast import as_autocast
 from ..errors import UnsupportedError
 
 # Engines by id. Weak: an engine lives on the hooks of its model.
@@ -84,7 +85,7 @@ def redirect(
     **extra: Any,
 ) -> Tensor:
     """What derived processors call in the place of ``function``. ``handle``: int64 ``[engine, layer]``."""
-    query, key, value = _autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     if attention_kwargs is not None:
         extra["attention_kwargs"] = attention_kwargs
     plain = attention_kwargs is None and (attn_mask is None or isinstance(attn_mask, Tensor))
@@ -99,18 +100,6 @@ def redirect(
     if torch.compiler.is_compiling():
         return call.dense()
     return _run(handle, call)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's precision where that is on, as torch's own attention would have them.
-
-    Norms and rotary embedding leave query and key in float32 there, the linear layer of the value does not.
-    """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _run(handle: Tensor, call: Primitive) -> Tensor:
