@@ -40,6 +40,8 @@ _EXAMPLES = """examples:
 exit codes: 0 done, 1 run-time failure, 2 usage, 3 budget missed, 130 interrupted
 """
 
+_WRITTEN = {"-o": "out", "--frames-dir": "frames_dir", "--sheet": "sheet"}
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with ``run`` set to the command's function. Help and errors end the process, as in argparse."""
@@ -52,6 +54,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.command is None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
+    for flag, name in _WRITTEN.items():
+        # An unset variable of the shell; a path made of nothing would be the current folder.
+        if getattr(args, name, None) == "":
+            parser.error(f"{flag} is empty; give a path, or leave {flag} out")
     return args
 
 

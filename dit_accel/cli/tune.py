@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="?", metavar="PROMPTS", help="prompt file (default: the bundled model's own captions)")
     add("--budget", required=True, metavar="B", help="psnr>=DB or speed>=FACTOR, quoted")
-    add("-o", "--out", type=Path, default=Path("preset.json"), metavar="FILE",
+    add("-o", "--out", type=lambda text: text and Path(text), default=Path("preset.json"), metavar="FILE",
         help="the preset (default: preset.json)")  # fmt: skip
     add("--model", help="pipeline folder or hub id (default: the bundled model)")
     add("--device", default="auto", help="auto, cpu, cuda (default: auto)")

@@ -46,6 +46,27 @@ def test_a_path_that_cannot_be_written(command, tmp_path, capsys):
     assert "cannot be written" in told or "there is no folder" in told
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([*command, "-o"] for command in COMMANDS.values()),
+        ["stream", "p.txt", "-o"],
+        ["render", "p.txt", "-o"],
+        ["render", "p.txt", "--frames-dir"],
+        ["eval", "shapes", "--sheet"],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_folder(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main([*command, ""]))
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"{command[-1]} is empty; give a path" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_sheet_of_shapes_too(tmp_path, capsys):
     assert main(["eval", "shapes", "--sheet", str(tmp_path)]) == 2
     assert f"--sheet {tmp_path} is a folder" in capsys.readouterr().err
