@@ -41,19 +41,34 @@ class Outputs:
         return partial
 
     def commit(self) -> list[Path]:
-        """Rename everything; on failure the files renamed so far go again, so that none stands for a whole shot."""
+        """Rename everything. On failure what stood under the final names stands there again, and nothing else does.
+
+        What is replaced is kept as ``.old.partial`` until all new files are in place.
+        """
         done: list[Path] = []
+        kept: list[tuple[Path, Path]] = []
         try:
             for partial, final in self._pending:
-                if final.is_dir():
-                    remove(final)
-                os.replace(partial, final)
+                if final.exists():
+                    old = final.with_name(final.name + ".old.partial")
+                    remove(old)
+                    kept.append((old, final))
+                    os.replace(final, old)
                 done.append(final)
+                os.replace(partial, final)
         except BaseException:
+            replaced = {final: old for old, final in kept if old.exists()}
+            stood = {final for _, final in kept}
             for final in done:
+                if final not in stood:
+                    remove(final)
+            for final, old in replaced.items():
                 remove(final)
+                os.replace(old, final)
             raise
         self._pending.clear()
+        for old, _ in kept:
+            remove(old)
         return done
 
 

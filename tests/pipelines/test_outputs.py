@@ -55,6 +55,30 @@ def test_a_rename_that_fails_takes_the_earlier_ones_back(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_an_interrupted_replacement_leaves_what_was_there(tmp_path, monkeypatch, at):
+    (tmp_path / "a.mp4").write_text("old")
+    (tmp_path / "a.json").write_text("old")
+    replace, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def write():
+        with Outputs() as outputs:
+            for name in ("a.mp4", "a.json"):
+                outputs.add(tmp_path / name).write_text("new")
+            outputs.commit()
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.mp4": "old", "a.json": "old"}
+
+
 def test_a_folder_is_replaced_whole_and_a_stale_partial_is_no_obstacle(tmp_path):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "old.png").write_text("x")
