@@ -159,7 +159,10 @@ class Engine:
 
     def abandon(self) -> None:
         """The forward under way ended in an error: nothing of it is used, so its flags tell nothing."""
-        if self.forward is not None and self.forward.checked:
+        if self.forward is None:
+            return
+        self.forward.masks.clear()
+        if self.forward.checked:
             self.forward.checked = False
             self.watch.forget()
 

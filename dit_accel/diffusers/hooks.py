@@ -61,6 +61,9 @@ class After(_Hook):
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
+        if output is None:  # called although the forward ended in an error
+            self.seat.abandon()
+            return None
         return self.seat.finish()
 
 
@@ -82,15 +85,13 @@ class Seat:
         self._again: Callable[[], Any] | None = None
         self._removers = [
             model.register_forward_pre_hook(Before(self), with_kwargs=True),
-            model.register_forward_hook(After(self), with_kwargs=True),
+            model.register_forward_hook(After(self), with_kwargs=True, always_call=True),
         ]
 
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine, and keep what a repeat would need: caches and argument dictionaries change on the way."""
-        if self._again is not None:  # the last forward ended in an error, and no hook was called
-            self._again = None
-            self.engine.abandon()
+        self.abandon()  # where the last forward was interrupted, no hook was called
         self.engine.begin(*self.read(args, kwargs))
         restore = snapshot(model)
         kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
@@ -100,6 +101,13 @@ class Seat:
             return model.forward(*args, **kwargs)
 
         self._again = again
+
+    @torch.compiler.disable
+    def abandon(self) -> None:
+        """Let go of a forward that did not end, if there is one."""
+        if self._again is not None:
+            self._again = None
+            self.engine.abandon()
 
     @torch.compiler.disable
     def finish(self) -> Any:

@@ -1,5 +1,7 @@
 """The engine's decisions, its counters, and the guard."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -290,3 +292,30 @@ def test_a_call_chooses_its_tier_once(wan, monkeypatch):
     (engine,) = engines(model)
     assert engine.stats.tiers == {"gather": len(asked)}
     assert asked
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_midway_lets_its_inputs_go():
+    model, call, _ = tiny_transformer("hunyuan-video")
+    expected = model(**call).sample
+    model.set_attn_processor(AllBlocksProcessor(**SPARSE))
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    broken = model.norm_out.register_forward_pre_hook(fail)
+    inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    freed = []
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor):
+            weakref.finalize(x, freed.append, name)
+    wanted = [name for name, x in inputs.items() if isinstance(x, torch.Tensor)]
+    x = None
+    with pytest.raises(MemoryError):
+        model(**inputs)
+    inputs.clear()
+    gc.collect()
+    assert sorted(freed) == sorted(wanted)
+    broken.remove()
+    torch.testing.assert_close(model(**call).sample, expected, atol=1e-5, rtol=1e-5)
+    assert engines(model)[0].stats.repeats == 0
