@@ -39,6 +39,8 @@ def draw(panels: Sequence[Panel], *, title: str | None = None) -> Any:
         raise UsageError("nothing to draw: name at least one method")
     one = len(panels) == 1
     width, height = (10.6, 5.5) if one else (0.3 + 4.3 * len(panels), 8.0)
+    # Room for the third line of a heading.
+    height += 0.2 * any(panel.synthetic for panel in panels)
     figure = figure_class(figsize=(width, height), facecolor="white")
     title = textwrap.shorten(title or _title(panels[0]), round(9 * (width - 4)), placeholder=" ...")
     figure.text(0.14 / width, 1 - 0.14 / height, title, size=12, weight="bold", color=INK, va="top")

@@ -133,6 +133,18 @@ def test_pictures_are_written_in_the_size_that_the_panels_need(tmp_path):
         draw([])
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_no_heading_runs_into_its_map(number):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    panels = [panel(build(["pisa"], [])[0], Layout(grid=(4, 8, 8)))] * number
+    assert panels[0].synthetic
+    figure = draw(panels)
+    FigureCanvasAgg(figure).draw()
+    lowest = min(text.get_window_extent().y0 for text in figure.texts)
+    assert lowest > max(axes.get_window_extent().y1 for axes in figure.axes)
+
+
 def test_a_single_frame_and_a_plain_sequence_can_be_drawn(tmp_path):
     for layout in (Layout(grid=(1, 9, 13), text=3), Layout(grid=(1, 1, 40))):
         assert save([panel(RandomBlocks(block_size=8), layout)], tmp_path / "x.png", dpi=40).stat().st_size > 1000
