@@ -125,8 +125,9 @@ def plan(
     if method is None:
         raise UsageError("method is None, and dense attention has no plan; give a method")
     check_settings(method, None, layout, kv_layout, step, state, scale)
-    if not method.static and (q is None or k is None):
-        raise UsageError(f"{type(method).__name__} looks at q and k; pass them")
+    wanted = {"q": q, "k": k, **({"v": v} if method.reads_values else {})}
+    if not method.static and any(x is None for x in wanted.values()):
+        raise UsageError(f"{type(method).__name__} looks at {', '.join(wanted)}; pass them")
     if q is not None and k is not None:
         check_inputs(q, k, k if v is None else v, layout, kv_layout, kv_valid)
     call = _call(q, layout, kv_layout, kv_valid, layer, step, state, head_offset, scale)

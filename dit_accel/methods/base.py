@@ -59,11 +59,13 @@ class Method:
     """A frozen, hashable, picklable record of published parameters that makes plans.
 
     Subclasses set ``name`` and implement :meth:`plan`. ``static`` says that the plan follows from the layout
-    alone: such a plan is made once per layout and ``q, k, v`` may be None.
+    alone: such a plan is made once per layout and ``q, k, v`` may be None. ``reads_values``: one that is not static
+    holds means of v too.
     """
 
     name: ClassVar[str] = ""
     static: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -39,6 +39,7 @@ class Clear(Method):
     """
 
     name: ClassVar[str] = "clear"
+    reads_values: ClassVar[bool] = True
     experimental: ClassVar[str] = (
         "Clear is experimental: the mask was published with weights distilled to it (arXiv 2412.16112), and stock "
         "weights lose quality under it. For a training-free image method use GNA"

@@ -66,6 +66,7 @@ class Pisa(Method):
 
     name: ClassVar[str] = "pisa"
     static: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
 
     density: float = 0.15
     block_size: int = 64

@@ -66,6 +66,7 @@ class Pyramid(Method):
 
     name: ClassVar[str] = "pyramid"
     static: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
 
     levels: tuple[int, ...] = LEVELS
     bounds: tuple[float, ...] = (0.1, 0.15, 0.15, 0.35)

@@ -55,6 +55,7 @@ class Rectified(Method):
 
     name: ClassVar[str] = "rectified"
     static: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
 
     density: float = 0.2
     top_p: float = 0.3

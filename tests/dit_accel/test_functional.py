@@ -8,6 +8,7 @@ import dit_accel
 from dit_accel import (
     GNA,
     AllBlocks,
+    Clear,
     Layout,
     Pisa,
     Pyramid,
@@ -89,6 +90,13 @@ def test_keys_may_have_their_own_layout():
     out = attend(q, k, v, RandomBlocks(block_size=32), layout=LAYOUT, kv_layout=keys)
     mask = dit_accel.plan(None, None, None, RandomBlocks(block_size=32), layout=LAYOUT, kv_layout=keys).token_mask()
     torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("method", [Pisa(), Rectified(), Pyramid(), Clear(radius=2, pool=2)])
+def test_a_plan_that_holds_means_of_values_asks_for_them(method):
+    q = torch.zeros(1, 1, 64, 8)
+    with pytest.raises(UsageError, match=f"^{type(method).__name__} looks at q, k, v; pass them$"):
+        dit_accel.plan(q, q, None, method, layout=Layout((1, 8, 8)))
 
 
 def test_static_plans_are_made_once_per_layout():
