@@ -8,6 +8,7 @@ to it, row by row: a copy in plan order would cost as much as a tenth of attenti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from . import flash_strips
 from .flash_strips import Strips, Tiles
 from .order import keys_in_plan_order, live_slots
 
+# Runs, bias, query tiles and places of one call of the kernel.
+Chunk = tuple[Tensor, Tensor | None, Tiles, Tensor]
+
+# Pairs of a query tile and a key up to which a plan's tables are kept with it: 16 MiB at most. A larger one takes so
+# long that making them again does not count.
+KEPT = 1 << 22
 # Bytes of keys and values that are laid out at once; more heads than that take turns.
 SOURCE = 64 << 20
 
@@ -56,10 +63,7 @@ def _attend(
     strips = Strips(plan, b, h, source_heads, alive)
     sources = flash_strips.sources(k, v, plan, width, strips.rooms)
     keys, values = (x.view(-1, strips.run * width) for x in sources)
-    for picked in strips.chunks(2 * width):
-        runs, bias = strips.of(picked)
-        tiles = strips.tiles[picked]
-        places = queries.places(tiles.sample, tiles.head + own.start, tiles.number)
+    for runs, bias, tiles, places in _chunks(strips, queries, own, plan, width):
         query = queries.read(places)
         if runs.shape[1]:
             seen = (x.view(len(runs), 1, -1, width) for x in flash_strips.gathered(keys, values, runs.flatten()))
@@ -73,6 +77,24 @@ def _attend(
         if not plan.plain:
             found = _corrected(found, query, plan, dim, scale, tiles)
         queries.write(places, found[..., :dim], log)
+
+
+def _chunks(strips: Strips, queries: _Queries, own: slice, plan: TilePlan, width: int) -> Iterable[Chunk]:
+    """What each call of the kernel is for, made once where a small plan serves many calls."""
+
+    def made() -> Iterator[Chunk]:
+        for picked in strips.chunks(2 * width):
+            tiles = strips.tiles[picked]
+            places = queries.places(tiles.sample, tiles.head + own.start, tiles.number)
+            yield *strips.of(picked), tiles, places
+
+    if not plan.kept or strips.alive is not None or strips.visited > KEPT:
+        return made()
+    key = "chunks", strips.shape, own.start, queries.strides, width
+    if key not in plan._memo:
+        with torch.inference_mode(False):
+            plan._memo[key] = list(made())
+    return plan._memo[key]
 
 
 def _corrected(found: Tensor, query: Tensor, plan: TilePlan, dim: int, scale: float, tiles: Tiles) -> Tensor:

@@ -122,7 +122,7 @@ class Strips:
     """
 
     def __init__(self, plan: TilePlan, b: int, h: int, source_heads: int, alive: Tensor | None) -> None:
-        self.plan = plan
+        self.plan, self.shape = plan, (b, h, source_heads)
         rows = torch.arange(b * h * plan.tiles_q)
         self.tiles = Tiles(rows // (h * plan.tiles_q), rows // plan.tiles_q % h, rows % plan.tiles_q, h)
         self.table = rows // plan.tiles_q
@@ -140,6 +140,11 @@ class Strips:
         self.alive = None if alive is None else alive.expand(b, h, -1).flatten(0, 1)
         # Whether exact keys are all the same to a row: lists of one length then need no bias.
         self.same = self.dead is None and self.alive is None
+
+    @property
+    def visited(self) -> int:
+        """Keys and representatives over all rows."""
+        return int(sum((one.count * one.width).sum() for one in self.lists))
 
     def chunks(self, width: int) -> Iterator[Tensor]:
         """Rows to run in one call: similar lengths together, as many as the budget holds; where keys are all the same

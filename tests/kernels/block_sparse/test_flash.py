@@ -257,3 +257,29 @@ def test_strips_are_kept_up_to_a_size_by_thread_and_outlive_inference_mode(monke
     assert sorted(strip.numel() for strip in flash_strips._kept.memory.values()) == [1000, 1000]
     with ThreadPoolExecutor(1) as pool:
         assert not set(pool.submit(addresses, 10).result()) & set(first)
+
+
+def test_a_plan_that_is_kept_keeps_its_tables_for_every_kind_of_call(monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    mask = torch.rand(1, 4, 4, 4, generator=generator) < 0.5
+    plan = TilePlan(16, 16, 60, 60, BlockList.from_mask(mask), kept=True)
+    made, stock = [], flash_strips.Strips.of
+    monkeypatch.setattr(flash_strips.Strips, "of", lambda *a: made.append(1) or stock(*a))
+    q, k, v = tensors(60, 60)
+    kinds = [
+        (q, k, v), (q[:1], k[:1], v[:1]), (q, k[:, :2], v[:, :2]), (q.contiguous(), k, v), (q, k, v[..., :8]),
+        (q[..., :8], k[..., :8], v[..., :8]),
+    ]  # fmt: skip
+    seen = mask.repeat_interleave(16, 2)[:, :, :60].repeat_interleave(16, 3)[..., :60]
+    for again in (False, True):
+        made.clear()
+        for number, (query, key, value) in enumerate(kinds):
+            with torch.inference_mode(number == 0):
+                out, lse = block_sparse_attention(query, key, value, plan, scale=0.3, backend="flash", return_lse=True)
+            expected, expected_lse = brute(query, key, value, seen, 0.3)
+            torch.testing.assert_close((out, lse), (expected, expected_lse))
+        assert bool(made) != again
+    made.clear()
+    monkeypatch.setattr(flash_rows, "KEPT", 0)
+    block_sparse_attention(q, k, v, plan, scale=0.3, backend="flash")
+    assert made, "a large plan's tables are not kept"
