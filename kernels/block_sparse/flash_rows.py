@@ -88,9 +88,9 @@ def _chunks(strips: Strips, queries: _Queries, own: slice, plan: TilePlan, width
             places = queries.places(tiles.sample, tiles.head + own.start, tiles.number)
             yield *strips.of(picked), tiles, places
 
-    if not plan.kept or strips.alive is not None or strips.visited > KEPT:
-        return made()
     key = "chunks", strips.shape, own.start, queries.strides, width
+    if not plan.kept or strips.alive is not None or (key not in plan._memo and strips.visited > KEPT):
+        return made()
     if key not in plan._memo:
         with torch.inference_mode(False):
             plan._memo[key] = list(made())

@@ -107,12 +107,14 @@ class Tiles:
 
     def of_heads(self, table: Tensor) -> Tensor:
         """(R, ..): what a table (1 or B, heads or fewer, ..) holds for each; fewer are key heads, or 1 for all."""
-        return table[self.sample if len(table) > 1 else 0, self.head * table.shape[1] // self.heads]
+        return table[self._owner(table)]
 
     def of(self, table: Tensor) -> Tensor:
         """(R, ..): what a table (1 or B, heads or 1, query tiles, ..) holds for each."""
-        sample = self.sample if len(table) > 1 else 0
-        return table[sample, self.head * table.shape[1] // self.heads, self.number]
+        return table[(*self._owner(table), self.number)]
+
+    def _owner(self, table: Tensor) -> tuple[Tensor | int, Tensor]:
+        return self.sample if len(table) > 1 else 0, self.head * table.shape[1] // self.heads
 
 
 class Strips:
