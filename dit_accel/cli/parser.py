@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for flag, name in _WRITTEN.items():
         # An unset variable of the shell; a path made of nothing would be the current folder.
         if getattr(args, name, None) == "":
-            parser.error(f"{flag} is empty; give a path, or leave {flag} out")
+            parser.error(f"{flag} is empty; give a path, or drop {flag}")
     return args
 
 
